@@ -1,0 +1,71 @@
+"""Which implementation of an op runs.
+
+``"reference"`` is the definition, plain PyTorch that anyone can check. ``"torch"`` is PyTorch's own fast path
+(``grouped_mm``, SDPA), without a host sync. ``"triton"`` and ``"cuda"`` are this project's kernels. ``"auto"`` takes the
+fastest that works for the device and dtype. An explicit choice that can't run raises and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from diffmoe_kernels.checks import autocast_off
+
+Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op: the function, and a test that returns why it can't run on the arguments, or None."""
+
+    function: Callable[..., Any]
+    why_not: Callable[..., str | None] = lambda *args, **kwargs: None
+
+
+def check_backend(backend: str) -> str:
+    """Returns ``backend``; raises ValueError where it is not a backend's name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    return backend
+
+
+def run(op: str, backend: str, implementations: Mapping[str, Implementation], *args: Any, **kwargs: Any) -> Any:
+    """Calls the chosen implementation of ``op``.
+
+    Args:
+        op: the op's name, for messages.
+        backend: one of BACKENDS.
+        implementations: backend name -> implementation, the fastest first; the reference, last, takes everything.
+        *args, **kwargs: the op's validated arguments, given to ``why_not`` and to the function alike.
+
+    Raises:
+        ValueError: an unknown backend.
+        NotImplementedError: an explicit backend that has no implementation of this op or can't run on the arguments.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        chosen = next(one for one in implementations.values() if one.why_not(*args, **kwargs) is None)
+    elif backend not in implementations:
+        raise NotImplementedError(
+            f"{op}: there is no {backend!r} backend; this op has {', '.join(map(repr, implementations))}"
+        )
+    else:
+        chosen = implementations[backend]
+        reason = chosen.why_not(*args, **kwargs)
+        if reason:
+            raise NotImplementedError(f"{op}: backend {backend!r} can't run here: {reason}")
+    with autocast_off(args[0]):  # the public function has cast already
+        return chosen.function(*args, **kwargs)
+
+
+def available_backends() -> dict[str, str]:
+    """Backend name -> "available", or the reason why it is not."""
+    return {
+        "reference": "available",
+        "torch": "available",
+        "triton": "not available: this version has no Triton kernels",
+        "cuda": "not available: this version has no CUDA extension",
+    }

@@ -1,0 +1,70 @@
+"""Argument checks that public functions share: shapes, dtypes and devices, never values."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` holds integers (bool does not count)."""
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` holds floating-point numbers."""
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor | None, *shape: int | str) -> None:
+    """Raises ValueError unless ``tensor`` has ``shape``; a string is a free size, named for the message."""
+    if tensor is None:
+        return
+    fits = tensor.dim() == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless all given tensors are on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError("tensors on different devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items()))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def autocast_is_on(tensor: Tensor) -> bool:
+    """Whether an autocast region covers ops on the tensor's device."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which an op multiplies: autocast's where it is on (float64 stays), else the tensor's own."""
+    if autocast_is_on(tensor) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
+def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
+    """A region without autocast on the tensor's device, for arithmetic that must stay in the dtype it is in."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_is_on(tensor) else nullcontext()

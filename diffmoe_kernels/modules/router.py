@@ -1,0 +1,86 @@
+"""The token-choice router."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmoe_kernels import ops
+from diffmoe_kernels.backend import Backend, check_backend
+from diffmoe_kernels.checks import at_least_float32, autocast_off
+from diffmoe_kernels.ops.router_topk import check_router
+
+
+class TopKRouter(nn.Module):
+    """Scores every token against every expert and takes its top-k (`ops.router_topk`).
+
+    Parameters and buffers: ``weight`` (E, D); ``expert_bias`` (E,) float32, the selection bias, which only
+    `MoE.update_routing_state` changes.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        score_function: str = "sigmoid",
+        normalize_weights: bool = True,
+        scaling_factor: float = 1.0,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        masked_group_fill: float = -math.inf,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_router(num_experts, top_k, score_function, num_groups, top_groups, masked_group_fill)
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.score_function = score_function
+        self.normalize_weights = normalize_weights
+        self.scaling_factor = scaling_factor
+        self.num_groups = num_groups
+        self.top_groups = top_groups
+        self.masked_group_fill = masked_group_fill
+        self.backend = check_backend(backend)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.register_buffer("expert_bias", torch.empty(num_experts, device=device, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-normal weights, as the official DSMoE router draws them; no bias."""
+        nn.init.kaiming_normal_(self.weight)
+        nn.init.zeros_(self.expert_bias)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # In bfloat16 a bias of 0.3 would not feel an update of 0.001.
+        self.expert_bias = at_least_float32(self.expert_bias)
+        return self
+
+    def forward(self, x: Tensor) -> ops.RouterTopK:
+        """(T, D) -> `RouterTopK`, in float32 under autocast too."""
+        with autocast_off(x):
+            logits = F.linear(at_least_float32(x), self.weight.to(at_least_float32(x).dtype))  # (T, E)
+        return ops.router_topk(
+            logits,
+            self.top_k,
+            expert_bias=self.expert_bias,
+            score_function=self.score_function,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+            masked_group_fill=self.masked_group_fill,
+            normalize_weights=self.normalize_weights,
+            scaling_factor=self.scaling_factor,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        num_experts, hidden_size = self.weight.shape
+        groups = f", groups={self.top_groups}/{self.num_groups}" if self.num_groups > 1 else ""
+        return f"{hidden_size}, num_experts={num_experts}, top_k={self.top_k}, {self.score_function}{groups}"

@@ -1,0 +1,91 @@
+"""The whole expert computation as one differentiable op."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diffmoe_kernels.backend import Backend, Implementation, run
+from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape, compute_dtype
+from diffmoe_kernels.ops.experts import _torch
+from diffmoe_kernels.ops.experts.reference import experts_reference
+from diffmoe_kernels.routing import Routing
+
+ACTIVATIONS = ("swiglu", "gelu_tanh", "silu")
+
+
+def experts(
+    x: Tensor,
+    routing: Routing,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "swiglu",
+    dropout: float = 0.0,
+    residual: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Every token's gate-weighted sum of its experts' feed-forward networks.
+
+    ``y[t] = residual[t] + sum over rows r of t, at expert e, of gates[r] * (act(x[t] up_e^T + b_e) down_e^T + c_e)``.
+    T tokens, D = hidden_size, E experts, I = intermediate_size.
+
+    Args:
+        x: (T, D) floating.
+        routing: of T tokens and E experts; its gates get a gradient.
+        up_proj: (E, 2I, D) for "swiglu", gate rows first (Hugging Face's ``gate_up_proj``); (E, I, D) for the others.
+        down_proj: (E, D, I).
+        up_bias: (E, 2I) or (E, I); down_bias: (E, D).
+        activation: "swiglu" silu(gate) * up (arXiv:2002.05202), "gelu_tanh" or "silu".
+        dropout: probability of zeroing an element of the activation, from torch's global generator.
+        residual: (T, D) floating, added to the result.
+        backend: "reference", "torch" (grouped_mm) or "auto".
+
+    Weights and biases may be float32 masters: they are cast to the compute dtype (autocast's, else x's), and their
+    gradients come back in their own dtype.
+
+    Returns:
+        (T, D) in the compute dtype (with a residual of a wider dtype, in that).
+
+    Raises:
+        TypeError: arguments that are not floating.
+        ValueError: shapes, devices, activation or dropout that do not fit.
+    """
+    check_choice("activation", activation, ACTIVATIONS)
+    for name, tensor in (("x", x), ("up_proj", up_proj), ("down_proj", down_proj)):
+        check_floating(name, tensor)
+    check_shape("x", x, routing.num_tokens, "D")
+    hidden_size, num_experts = x.shape[1], routing.num_experts
+    check_shape("down_proj", down_proj, num_experts, hidden_size, "I")
+    up_size = down_proj.shape[2] * (2 if activation == "swiglu" else 1)
+    check_shape("up_proj", up_proj, num_experts, up_size, hidden_size)
+    check_shape("up_bias", up_bias, num_experts, up_size)
+    check_shape("down_bias", down_bias, num_experts, hidden_size)
+    check_shape("residual", residual, *x.shape)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    check_same_device(x=x, routing=routing.gates, up_proj=up_proj, down_proj=down_proj, residual=residual)
+    dtype = compute_dtype(x)
+    up_proj, down_proj = up_proj.to(dtype), down_proj.to(dtype)
+    up_bias, down_bias = (bias if bias is None else bias.to(dtype) for bias in (up_bias, down_bias))
+    return run(
+        "experts",
+        backend,
+        _IMPLEMENTATIONS,
+        x.to(dtype),
+        routing,
+        up_proj,
+        down_proj,
+        up_bias=up_bias,
+        down_bias=down_bias,
+        activation=activation,
+        dropout=dropout,
+        residual=residual,
+    )
+
+
+_IMPLEMENTATIONS = {
+    "torch": Implementation(_torch.experts_torch, _torch.why_not),
+    "reference": Implementation(experts_reference),
+}

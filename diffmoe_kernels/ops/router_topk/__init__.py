@@ -1,0 +1,115 @@
+"""Token choice: each token takes its top-k experts."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from diffmoe_kernels.backend import Backend, Implementation, run
+from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape
+from diffmoe_kernels.ops.router_topk.reference import router_topk_reference
+from diffmoe_kernels.routing import Routing
+
+SCORE_FUNCTIONS = ("sigmoid", "softmax")
+
+
+class RouterTopK(NamedTuple):
+    """What `router_topk` returns. T tokens, E experts, K = top_k.
+
+    Attributes:
+        routing: the record that the experts take, of T * K rows.
+        topk_ids: (T, K) int32, the chosen experts, the best first.
+        topk_weights: (T, K) float32, differentiable.
+        router_scores: (T, E) float32, differentiable: sigmoid or softmax of the logits.
+    """
+
+    routing: Routing
+    topk_ids: Tensor
+    topk_weights: Tensor
+    router_scores: Tensor
+
+
+def router_topk(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    expert_bias: Tensor | None = None,
+    score_function: str = "sigmoid",
+    num_groups: int = 1,
+    top_groups: int = 1,
+    masked_group_fill: float = -math.inf,
+    normalize_weights: bool = True,
+    scaling_factor: float = 1.0,
+    backend: Backend = "auto",
+) -> RouterTopK:
+    """Scores experts and picks the top-k of each token, as DeepSeek-V3 does (arXiv:2412.19437, eq. 12 to 16).
+
+    Arithmetic is float32 (float64 for float64 logits), under autocast too. Ties go to the lower expert index.
+
+    Args:
+        router_logits: (T, E) floating.
+        top_k: K, experts per token.
+        expert_bias: (E,) floating, added to the scores for the choice only, never to the weights.
+        score_function: "sigmoid", or "softmax" over the experts.
+        num_groups: the E experts are num_groups equal runs; a group's score is the sum of its two best biased scores.
+        top_groups: how many groups a token may choose experts from.
+        masked_group_fill: the score that experts of the other groups get. -inf rules them out; the official DSMoE
+            code fills 0.0, so that a masked expert wins over negative biased scores.
+        normalize_weights: divide each token's K weights by their sum, if K > 1.
+        scaling_factor: multiplies the weights at the end.
+        backend: see `diffmoe_kernels.backend`.
+
+    Raises:
+        TypeError: logits or bias that are not floating.
+        ValueError: shapes that do not fit, top_k beyond the experts that may be chosen, groups that do not divide E.
+    """
+    check_floating("router_logits", router_logits)
+    check_shape("router_logits", router_logits, "T", "E")
+    num_experts = router_logits.shape[1]
+    check_shape("expert_bias", expert_bias, num_experts)
+    check_same_device(router_logits=router_logits, expert_bias=expert_bias)
+    check_router(num_experts, top_k, score_function, num_groups, top_groups, masked_group_fill)
+    topk_ids, topk_weights, router_scores = run(
+        "router_topk",
+        backend,
+        _IMPLEMENTATIONS,
+        router_logits,
+        top_k,
+        expert_bias=expert_bias,
+        score_function=score_function,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        masked_group_fill=masked_group_fill,
+        normalize_weights=normalize_weights,
+        scaling_factor=scaling_factor,
+    )
+    return RouterTopK(Routing.from_topk(topk_ids, topk_weights, num_experts), topk_ids, topk_weights, router_scores)
+
+
+def check_router(
+    num_experts: int,
+    top_k: int,
+    score_function: str = "sigmoid",
+    num_groups: int = 1,
+    top_groups: int = 1,
+    masked_group_fill: float = -math.inf,
+) -> None:
+    """Raises ValueError where a token-choice router of these sizes can't choose ``top_k`` experts."""
+    check_choice("score_function", score_function, SCORE_FUNCTIONS)
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k: expected 1 to num_experts = {num_experts}, got {top_k}")
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of num_experts = {num_experts}, got {num_groups}")
+    if not 1 <= top_groups <= num_groups:
+        raise ValueError(f"top_groups: expected 1 to num_groups = {num_groups}, got {top_groups}")
+    eligible = top_groups * (num_experts // num_groups)
+    if masked_group_fill == -math.inf and top_k > eligible:
+        raise ValueError(
+            f"top_k: {top_groups} of {num_groups} groups hold {eligible} experts, fewer than top_k = {top_k}; "
+            "raise top_groups or lower num_groups"
+        )
+
+
+_IMPLEMENTATIONS = {"reference": Implementation(router_topk_reference)}

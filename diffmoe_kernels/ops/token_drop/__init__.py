@@ -1,0 +1,132 @@
+"""Capacity-based dynamic token dropping.
+
+Expert choice over a pool of tokens with a fixed capacity (`token_drop`: DiffMoE in training, EC-DiT) or a predicted one
+(`token_drop_predicted`: DiffMoE at inference), and the same bound for token choice (`token_choice_drop`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diffmoe_kernels.backend import Backend, Implementation, run
+from diffmoe_kernels.checks import check_floating, check_integer, check_same_device, check_shape
+from diffmoe_kernels.ops.token_drop.reference import (
+    token_choice_drop_reference,
+    token_drop_predicted_reference,
+    token_drop_reference,
+)
+from diffmoe_kernels.routing import Routing
+
+
+def token_drop(
+    router_scores: Tensor, expert_capacity: int, *, num_pools: int = 1, backend: Backend = "auto"
+) -> Routing:
+    """Expert choice: each expert takes the ``expert_capacity`` tokens that score highest for it (arXiv:2202.09368).
+
+    Args:
+        router_scores: (T, E) floating; the gates are these scores and their gradient flows back here. T tokens may be
+            num_pools equal runs (samples), E experts.
+        expert_capacity: tokens that each expert takes from each pool, at most T / num_pools.
+        num_pools: 1 chooses over the whole batch (DiffMoE), the batch size over each sample by itself (EC-DiT).
+        backend: see `diffmoe_kernels.backend`.
+
+    Returns:
+        A `Routing` of E * num_pools * expert_capacity rows. Ties go to the lower token index.
+
+    Raises:
+        TypeError: scores that are not floating.
+        ValueError: scores that are not (T, E), pools that do not divide T, a capacity beyond a pool's tokens.
+    """
+    _check_scores(router_scores)
+    num_tokens = router_scores.shape[0]
+    if num_pools < 1 or num_tokens % num_pools:
+        raise ValueError(f"num_pools: expected a divisor of the {num_tokens} tokens, got {num_pools}")
+    _check_capacity("expert_capacity", expert_capacity, num_tokens // num_pools)
+    return run("token_drop", backend, _TOKEN_DROP, router_scores, expert_capacity, num_pools)
+
+
+def token_drop_predicted(
+    router_scores: Tensor,
+    capacity_logits: Tensor,
+    thresholds: Tensor,
+    *,
+    max_capacity: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Routing, Tensor]:
+    """Expert choice with a predicted capacity, as DiffMoE infers (arXiv:2503.14487, section 3.3).
+
+    Expert e takes as many tokens as have sigmoid(capacity_logits[:, e]) > thresholds[e]: those that score highest, not
+    those whose prediction passed. The count stays on the device.
+
+    Args:
+        router_scores: (T, E) floating.
+        capacity_logits: (T, E) floating, the capacity predictor's output.
+        thresholds: (E,) floating, in [0, 1].
+        max_capacity: bound on the tokens of an expert; T where None. Past it the lowest-scored are dropped.
+        backend: see `diffmoe_kernels.backend`.
+
+    Returns:
+        A `Routing` with the bound R = E * max_capacity and the true count in ``group_offsets[-1]``, and the number of
+        rows that the bound dropped, () int64. Ties go to the lower token index.
+
+    Raises:
+        TypeError: arguments that are not floating.
+        ValueError: shapes that do not fit, or a bound beyond T.
+    """
+    _check_scores(router_scores)
+    num_tokens, num_experts = router_scores.shape
+    check_floating("capacity_logits", capacity_logits)
+    check_floating("thresholds", thresholds)
+    check_shape("capacity_logits", capacity_logits, num_tokens, num_experts)
+    check_shape("thresholds", thresholds, num_experts)
+    check_same_device(router_scores=router_scores, capacity_logits=capacity_logits, thresholds=thresholds)
+    max_capacity = num_tokens if max_capacity is None else max_capacity
+    _check_capacity("max_capacity", max_capacity, num_tokens)
+    return run("token_drop_predicted", backend, _PREDICTED, router_scores, capacity_logits, thresholds, max_capacity)
+
+
+def token_choice_drop(
+    topk_ids: Tensor, drop_scores: Tensor, num_experts: int, expert_capacity: int, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Drops the choices past each expert's capacity, the lowest-scored first.
+
+    The bound is that of Switch Transformers (arXiv:2101.03961) and MegaBlocks' dropping layers; those drop by position.
+
+    Args:
+        topk_ids: (T, K) integer; negative where a slot is dropped already.
+        drop_scores: (T, K) floating: what ranks an expert's choices, usually topk_weights. No gradient flows to it.
+        num_experts: E.
+        expert_capacity: choices that an expert keeps, usually int(K * T / E * capacity_factor).
+        backend: see `diffmoe_kernels.backend`.
+
+    Returns:
+        topk_ids with -1 in the dropped slots, as `Routing.from_topk` takes them, and how many were dropped, () int64.
+        Ties keep the lower token index.
+
+    Raises:
+        TypeError: ids that are not integers or scores that are not floating.
+        ValueError: shapes that differ, or a negative capacity.
+    """
+    check_integer("topk_ids", topk_ids)
+    check_floating("drop_scores", drop_scores)
+    check_shape("topk_ids", topk_ids, "T", "K")
+    check_shape("drop_scores", drop_scores, *topk_ids.shape)
+    check_same_device(topk_ids=topk_ids, drop_scores=drop_scores)
+    if expert_capacity < 0:
+        raise ValueError(f"expert_capacity: expected 0 or more, got {expert_capacity}")
+    return run("token_choice_drop", backend, _TOKEN_CHOICE, topk_ids, drop_scores, num_experts, expert_capacity)
+
+
+def _check_scores(router_scores: Tensor) -> None:
+    check_floating("router_scores", router_scores)
+    check_shape("router_scores", router_scores, "T", "E")
+
+
+def _check_capacity(name: str, capacity: int, most: int) -> None:
+    if not 0 <= capacity <= most:
+        raise ValueError(f"{name}: expected 0 to {most}, the tokens to choose from, got {capacity}")
+
+
+_TOKEN_DROP = {"reference": Implementation(token_drop_reference)}
+_PREDICTED = {"reference": Implementation(token_drop_predicted_reference)}
+_TOKEN_CHOICE = {"reference": Implementation(token_choice_drop_reference)}

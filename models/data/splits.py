@@ -1,0 +1,65 @@
+"""What a dataset is to the trainer and to the metrics: two fixed splits and the facts a model is built from."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A dataset cut once into images to train on and images that no model ever sees.
+
+    Items of both splits are `(image, label)`: float32 (channels, image_size, image_size) in [-1, 1] and an int64
+    scalar tensor in [0, num_classes).
+    """
+
+    name: str
+    train: Dataset
+    holdout: Dataset
+    num_classes: int
+    image_size: int
+    channels: int
+
+
+def collect(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """A whole split in memory: images (N, C, H, W) and labels (N,), as its items have them.
+
+    Goes item by item because a DataLoader would draw from the caller's random state.
+    """
+    images, labels = default_collate([dataset[i] for i in range(len(dataset))])
+    return images, labels
+
+
+def rank_in_class(labels: Tensor, num_classes: int) -> Tensor:
+    """How many earlier entries carry the same label: (N,) int64 -> (N,) int64, 0 for the first of each class."""
+    one_hot = torch.nn.functional.one_hot(labels, num_classes)
+    return one_hot.cumsum(0).gather(1, labels.unsqueeze(1)).squeeze(1) - 1
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Refuse class labels that no class-conditional model of `num_classes` classes was trained on.
+
+    Reads values, so on a GPU it waits for the device: call it where data enters, never inside a model.
+
+    Args:
+        labels: (N,) integer tensor, N at least 1.
+        num_classes: number of classes; the largest valid label is one less.
+
+    Raises:
+        TypeError: `labels` is not a tensor of integers.
+        ValueError: `labels` is empty, not 1-d, or holds a value outside [0, num_classes).
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor of integers, got {type(labels).__name__}; use torch.tensor(...)")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}; pass class numbers as torch.int64")
+    if labels.ndim != 1 or labels.numel() == 0:
+        raise ValueError(f"labels must be 1-d with at least one entry, got shape {tuple(labels.shape)}")
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if outside.numel():
+        raise ValueError(
+            f"labels must be in [0, {num_classes - 1}] for {num_classes} classes, "
+            f"got {outside.unique()[:5].tolist()} ({outside.numel()} of {labels.numel()} labels); correct those labels"
+        )

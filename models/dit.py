@@ -1,0 +1,256 @@
+"""Dense DiT (arXiv:2212.09748): the block, the model, its sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe_kernels import MoEAux, RoPEAttention, ops
+from diffmoe_kernels.backend import Backend
+from diffmoe_kernels.checks import check_floating, check_integer, check_shape
+from diffmoe_kernels.modules import Experts, FeedForward, TopKRouter
+from models.layers import (
+    AdaLNModulation,
+    FinalLayer,
+    LabelEmbedder,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    sincos_table,
+    unpatchify,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """What a dense DiT is made of; the fields are the official constructor's arguments.
+
+    Attributes:
+        input_size: side of the square input, in pixels or latent cells.
+        patch_size: side of a patch.
+        in_channels: channels of the input.
+        hidden_size: D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: width of the dense MLP over D.
+        class_dropout_prob: how often a label is dropped in training; 0 leaves the model without a null label.
+        num_classes: labels are 0 .. num_classes - 1; the null label is num_classes.
+        learn_sigma: twice the output channels; flow uses the first half.
+        backend: see `diffmoe_kernels.backend`.
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        if self.input_size % self.patch_size:
+            raise ValueError(
+                f"input_size: expected a multiple of patch_size = {self.patch_size}, got {self.input_size}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size: expected a multiple of 4, got {self.hidden_size}")
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob: expected a probability in [0, 1), got {self.class_dropout_prob}")
+
+    @property
+    def grid_size(self) -> int:
+        return self.input_size // self.patch_size
+
+
+@dataclass(frozen=True, eq=False)
+class ModelAux:
+    """What one forward tells about its MoE layers.
+
+    Attributes:
+        layers: one record per block; None for a dense block.
+    """
+
+    layers: tuple[MoEAux | None, ...]
+
+    @property
+    def loss(self) -> Tensor | None:
+        """() float32: the sum of the layers' weighted auxiliary losses, or None where there are none."""
+        losses = [layer.loss for layer in self.layers if layer is not None and layer.loss is not None]
+        return torch.stack(losses).sum() if losses else None
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each behind adaLN-Zero."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.attn = RoPEAttention(hidden_size, config.num_heads, rope=None, backend=config.backend)
+        self.mlp = Mlp(hidden_size, int(hidden_size * config.mlp_ratio), "gelu_tanh")
+        self.adaLN_modulation = AdaLNModulation(hidden_size, 6)
+
+    def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, None]:
+        """(B, N, D), (B, D) -> (B, N, D), no record."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
+        y = self.attn(ops.adaln(x, shift_attn, scale_attn))
+        x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp)
+        return ops.gated_residual(x, self.mlp(h), gate_mlp), None
+
+
+class DiT(nn.Module):
+    """Diffusion transformer: ``model(x, t, labels)``. Its state dict is the official one."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.in_channels = config.in_channels
+        self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.input_size = config.input_size
+        self.num_classes = config.num_classes
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, config.class_dropout_prob)
+        self.pos_embed: nn.Parameter | None = None
+        if self.has_position_table():
+            table = torch.empty(1, config.grid_size**2, config.hidden_size)
+            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.blocks = nn.ModuleList(self.make_block(index) for index in range(config.depth))
+        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
+        self.reset_parameters()
+
+    def has_position_table(self) -> bool:
+        return True
+
+    def make_block(self, index: int) -> nn.Module:
+        return DiTBlock(self.config)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label of unconditional sampling, or None where the model was built without label dropout."""
+        return self.y_embedder.null_label
+
+    def reset_parameters(self) -> None:
+        """Official initialisation: Xavier-uniform matrices, zero biases, zero modulation and output (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, TopKRouter):
+                module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, FeedForward):
+                _xavier_experts_(module, module.down_proj.weight)
+            elif isinstance(module, Experts):
+                _xavier_experts_(module, module.down_proj)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        if self.pos_embed is not None:
+            with torch.no_grad():
+                self.pos_embed.copy_(sincos_table(self.config.hidden_size, self.config.grid_size))
+
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor, *, return_aux: bool = False
+    ) -> Tensor | tuple[Tensor, ModelAux]:
+        """Predicts from a noised input.
+
+        Args:
+            x: (B, in_channels, input_size, input_size) floating.
+            t: (B,) times, in [0, 1] for flow, 0 to 999 for DDPM.
+            labels: (B,) integers; in training some are dropped to the null label.
+            return_aux: return (out, `ModelAux`) instead of out.
+
+        Returns:
+            (B, out_channels, input_size, input_size).
+
+        Raises:
+            TypeError: x that is not floating or labels that are not integers.
+            ValueError: shapes that do not fit, an empty batch. Values are not checked, so that the GPU is not stopped.
+        """
+        self._check(x, t, labels)
+        x = self.x_embedder(x)  # (B, N, D)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
+        layers = []
+        for block in self.blocks:
+            x, layer_aux = block(x, c, return_aux)
+            layers.append(layer_aux)
+        out = unpatchify(self.final_layer(x, c), self.config.patch_size)
+        return (out, ModelAux(tuple(layers))) if return_aux else out
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, labels: Tensor, cfg_scale: float) -> Tensor:
+        """Classifier-free guidance as the official code does it.
+
+        Args:
+            x: (2B, C, H, W); both halves are computed from the first.
+            t: (2B,).
+            labels: (2B,), the conditions, then the null label.
+            cfg_scale: 1 is no guidance.
+
+        Returns:
+            (2B, out_channels, H, W), both halves alike; the first three channels are guided, the others are not.
+        """
+        if x.shape[0] % 2:
+            raise ValueError(f"x: expected an even batch, conditional and unconditional halves, got {x.shape[0]}")
+        half = x[: x.shape[0] // 2]
+        out = self(torch.cat([half, half]), t, labels)
+        conditional, unconditional = out[:, :3].chunk(2)
+        guided = unconditional + cfg_scale * (conditional - unconditional)
+        return torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1)
+
+    def update_routing_state(self, aux: ModelAux | Sequence[ModelAux]) -> None:
+        """Hands each MoE layer its records (`MoE.update_routing_state`); once per optimizer step.
+
+        Args:
+            aux: the record of the step's forward, or those of its micro-batches.
+        """
+        records = [aux] if isinstance(aux, ModelAux) else aux
+        for index, block in enumerate(self.blocks):
+            layer_records = [record.layers[index] for record in records]
+            if layer_records and layer_records[0] is not None:
+                block.mlp.update_routing_state(layer_records)
+
+    def _check(self, x: Tensor, t: Tensor, labels: Tensor) -> None:
+        check_floating("x", x)
+        check_shape("x", x, "B", self.in_channels, self.input_size, self.input_size)
+        if x.shape[0] == 0:
+            raise ValueError("x: expected at least one sample, got an empty batch")
+        check_shape("t", t, x.shape[0])
+        check_integer("labels", labels)
+        check_shape("labels", labels, x.shape[0])
+
+
+def _xavier_experts_(module: FeedForward | Experts, down_weight: Tensor) -> None:
+    """Xavier-uniform for each matrix by itself: gate and up lie in one tensor, and so do the experts."""
+    bound = math.sqrt(6 / (down_weight.shape[-1] + down_weight.shape[-2]))
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.uniform_(parameter, -bound, bound)
+
+
+DIT_CONFIGS: dict[str, DiTConfig] = {
+    "DiT-S/2": DiTConfig(hidden_size=384, depth=12, num_heads=6),
+    "DiT-B/2": DiTConfig(hidden_size=768, depth=12, num_heads=12),
+    "DiT-L/2": DiTConfig(hidden_size=1024, depth=24, num_heads=16),
+    "DiT-XL/2": DiTConfig(hidden_size=1152, depth=28, num_heads=16),
+    "DiT-digits": DiTConfig(
+        hidden_size=96, depth=6, num_heads=6, input_size=8, in_channels=1, num_classes=10, learn_sigma=False
+    ),
+}

@@ -1,0 +1,130 @@
+"""Parts that every model shares: patch, timestep and label embedders, position table, MLP, final layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from diffmoe_kernels import ops
+from diffmoe_kernels.ops.experts.reference import activate
+
+
+class PatchEmbed(nn.Module):
+    """Images to tokens: a convolution whose stride is its size. Key: ``proj``."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, D), row-major."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def unpatchify(x: Tensor, patch_size: int) -> Tensor:
+    """(B, N, patch_size^2 * C) tokens of a square image, channels innermost -> (B, C, H, W)."""
+    side = math.isqrt(x.shape[1])
+    return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=patch_size, q=patch_size)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of the time through an MLP. Keys: ``mlp.0``, ``mlp.2``."""
+
+    def __init__(self, hidden_size: int, num_frequencies: int = 256) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.mlp = nn.Sequential(
+            nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) times, in [0, 1] for flow, 0 to 999 for DDPM -> (B, D)."""
+        return self.mlp(timestep_embedding(t, self.num_frequencies).to(self.mlp[0].weight.dtype))
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """(B,) -> (B, dim) float32, [cos | sin] of t times falling frequencies (GLIDE, arXiv:2112.10741).
+
+    The frequencies are float32 as in the official code: float64 would differ by 3e-5 for t near 1000.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return nn.functional.pad(embedding, (0, dim % 2))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels to vectors; in training each label is dropped to the null label with ``dropout_prob``.
+
+    Key: ``embedding_table``, of num_classes rows, and one for the null label where labels are dropped.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.null_label = num_classes if dropout_prob > 0 else None
+        self.dropout_prob = dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """(B,) integers -> (B, D)."""
+        if self.training and self.null_label is not None:
+            dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+            labels = labels.where(~dropped, self.null_label)
+        return self.embedding_table(labels)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with biases. Keys: ``fc1``, ``fc2``."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.fc2(activate(self.fc1(x), self.activation))
+
+
+class AdaLNModulation(nn.Sequential):
+    """The condition to ``chunks`` vectors per sample. Key: ``1`` (the linear layer), zero at first (adaLN-Zero)."""
+
+    def __init__(self, hidden_size: int, chunks: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+        self.chunks = chunks
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        """(B, D) -> ``chunks`` tensors (B, D)."""
+        return super().forward(c).chunk(self.chunks, dim=1)
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and projection to patches. Keys: ``linear``, ``adaLN_modulation.1``."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = AdaLNModulation(hidden_size, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D), (B, D) -> (B, N, patch_size^2 * out_channels)."""
+        shift, scale = self.adaLN_modulation(c)
+        return self.linear(ops.adaln(x, shift, scale))
+
+
+def sincos_table(hidden_size: int, side: int) -> Tensor:
+    """(side^2, D) float32: sine and cosine position table of a square grid (MAE, arXiv:2111.06377).
+
+    The first half of the channels encodes the column, the second the row, each [sin | cos]; float64 until the end.
+    """
+    position = torch.arange(side, dtype=torch.float64)
+    quarter = hidden_size // 4
+    omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.outer(position, omega)
+    one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
+    return torch.cat([one_axis.repeat(side, 1), one_axis.repeat_interleave(side, dim=0)], dim=1).float()

@@ -1,0 +1,141 @@
+"""Sample images from a trained model: `python -m models.sample --checkpoint runs/train --output samples`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.data import check_labels, save_grid, save_npz, to_uint8
+from models.objectives import RectifiedFlow
+from models.training.config import build_config, config_parser, option, require
+from models.training.loading import Weights, load_model, pick_device
+
+GRID_IMAGES = 100  # shown at most
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """All options of `python -m models.sample`.
+
+    Raises:
+        ValueError: a number out of its range, naming the option.
+    """
+
+    checkpoint: str = option("runs/train", "run directory, for its newest checkpoint, or a checkpoint file")
+    output: str = option("samples", "directory for grid.png and samples.npz")
+    model: str | None = option(None, "name of the model you expect; a checkpoint of another one is refused")
+    weights: Weights = option("ema", "the moving average of the weights, or those of the last step")
+    num_samples: int = option(100, "how many images, as many of each class")
+    classes: list[int] | None = option(None, "labels to sample, all by default", nargs="+")
+    unconditional: bool = option(False, "sample without a class, for models trained with label dropout")
+    steps: int = option(50, "solver steps")
+    method: Literal["euler", "heun"] = option("euler", "solver; heun calls the model twice per step")
+    cfg_scale: float = option(1.5, "guidance towards the class, 1 for none; without effect on --unconditional")
+    seed: int = option(0, "seed of the noise")
+    batch_size: int = option(256, "images at a time: a matter of speed and memory")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "steps", "batch_size"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "classes", self.classes is None or not self.unconditional, "left out with --unconditional")
+
+
+def balanced_labels(num_samples: int, classes: Sequence[int]) -> Tensor:
+    """(num_samples,) int64 running through `classes` again and again, so that each comes as often, to within one."""
+    return torch.tensor(classes, dtype=torch.int64).repeat(-(-num_samples // len(classes)))[:num_samples]
+
+
+def sample_images(
+    model: nn.Module,
+    labels: Tensor,
+    *,
+    seed: int = 0,
+    steps: int = 50,
+    method: Literal["euler", "heun"] = "euler",
+    cfg_scale: float = 1.0,
+    batch_size: int = 256,
+) -> Tensor:
+    """Images of the given labels; the noise that image i starts from depends on `seed` and i alone.
+
+    Neither `batch_size` nor the device changes that noise, and torch's global generators are left as they are.
+
+    Args:
+        model: in evaluation mode.
+        labels: (N,) int64 in [0, model.num_classes), or model.null_label.
+
+    Returns:
+        (N, C, H, W) float32 on the CPU, about [-1, 1], not clipped.
+
+    Raises:
+        TypeError, ValueError: as `RectifiedFlow.sample` does.
+    """
+    device, flow = next(model.parameters()).device, RectifiedFlow()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.empty(len(labels), model.in_channels, model.input_size, model.input_size)
+    for image in noise:
+        image.normal_(generator=generator)
+    return torch.cat(
+        [
+            flow.sample(model, z.to(device), y.to(device), steps=steps, method=method, cfg_scale=cfg_scale).cpu()
+            for z, y in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
+        ]
+    )
+
+
+def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
+    """Sample as `config` says; returns the paths of the grid and of the `.npz`, whose `labels` are the classes.
+
+    Raises:
+        TypeError, ValueError: no usable checkpoint, labels out of range, or a request that the model can't meet.
+    """
+    model = load_model(config.checkpoint, weights=config.weights, name=config.model, device=pick_device(config.device))
+    if config.unconditional:
+        # Without a null label this is the label that would be it, which the sampler refuses by its reason.
+        labels, cfg_scale = torch.full((config.num_samples,), model.num_classes), 1.0
+        columns = min(10, config.num_samples)
+    else:
+        classes = list(range(model.num_classes)) if config.classes is None else config.classes
+        check_labels(torch.tensor(classes), model.num_classes)
+        labels, cfg_scale = balanced_labels(config.num_samples, classes), config.cfg_scale
+        columns = min(len(classes), config.num_samples)
+    images = to_uint8(
+        sample_images(
+            model,
+            labels,
+            seed=config.seed,
+            steps=config.steps,
+            method=config.method,
+            cfg_scale=cfg_scale,
+            batch_size=config.batch_size,
+        )
+    )
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    grid, archive = output / "grid.png", output / "samples.npz"
+    rows = max(1, min(len(images), GRID_IMAGES) // columns)
+    headings = [] if config.unconditional else [str(label) for label in labels[:columns].tolist()]
+    save_grid(grid, images[: rows * columns], columns, column_labels=headings)
+    save_npz(archive, images, None if config.unconditional else labels)
+    return grid, archive
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 2 where it asks for something impossible."""
+    parser = config_parser(SampleConfig, prog="python -m models.sample", description="Sample from a trained model.")
+    try:
+        config = build_config(SampleConfig, parser.parse_args(arguments))
+        grid, archive = sample_to_files(config)
+    except (TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{config.num_samples} samples: {grid}, {archive}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Train a model: `python -m models.train --model DSMoE-digits --data digits --output runs/dsmoe`."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.training.config import TrainConfig, build_config, config_parser, read_yaml
+from models.training.trainer import CONFIG_FILE, NonFiniteError, Trainer
+
+DESCRIPTION = """Train a diffusion transformer with rectified flow, in a run directory of its own. Ctrl-C stops it with
+a checkpoint; --resume goes on from there with the run's own options."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
+    """The options of a command line, and whether to resume; a resumed run's own options are its defaults."""
+    parser = config_parser(TrainConfig, prog="python -m models.train", description=DESCRIPTION)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
+    parsed = parser.parse_args(arguments)
+    saved = Path(parsed.output) / CONFIG_FILE
+    if parsed.resume and saved.exists():
+        parser.set_defaults({**read_yaml(saved), "output": parsed.output})
+        parsed = parser.parse_args(arguments)
+    return build_config(TrainConfig, parsed), parsed.resume
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0 where training ended as asked, by Ctrl-C too."""
+    try:
+        config, resume = parse(arguments)
+        trainer = Trainer(config, resume=resume)
+    except (TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        result = trainer.fit()
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+    print(f"{config.model}: step {result.step}, ended by {result.ended_by}; newest checkpoint {result.checkpoint}")
+    if result.ended_by == "signal":
+        print(f"continue with: python -m models.train --resume --output {shlex.quote(config.output)}")
+    else:
+        print(f"samples in {trainer.run / 'samples'}, loss curve {trainer.run / 'loss.png'}")
+        print(f"sample more: python -m models.sample --checkpoint {shlex.quote(config.output)} --output samples")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Parts of the trainer behind `python -m models.train`."""

@@ -1,0 +1,92 @@
+"""Checkpoint files: written whole or not at all, read without running code from them."""
+
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+FORMAT = "diffmoe-kernels training checkpoint 1"
+
+
+class CheckpointError(ValueError):
+    """A file that is no usable checkpoint; the message names it and says what to do."""
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Create or replace `path` by what `write` puts into a file; a crash leaves the old one or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where a run directory keeps the checkpoint of `step`."""
+    return run / "checkpoints" / f"step-{step:08d}.pt"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run directory, newest first."""
+    return sorted(checkpoint_path(run, 0).parent.glob("step-*.pt"), reverse=True)
+
+
+def save_checkpoint(run: Path, state: dict[str, Any], *, keep: int) -> Path:
+    """Write `state` as the checkpoint of `state["step"]`, then delete older ones so that `keep` remain."""
+    path = checkpoint_path(run, state["step"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    older = [other for other in list_checkpoints(run) if other.name < path.name]  # newer ones were unreadable
+    for superseded in [*older[keep - 1 :], *path.parent.glob(".*.tmp")]:
+        superseded.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one checkpoint file; tensors and plain values only, so that a file from elsewhere can't run code.
+
+    Raises:
+        CheckpointError: no such file, a truncated or damaged one, or a file of another kind.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: pass a run directory or one of its checkpoints/step-*.pt files")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} can't be read as a checkpoint ({type(error).__name__}): it is truncated, damaged or another kind "
+            "of file. Pass another checkpoint of the run, or its directory for the newest readable one"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of models.train: pass a file written by it. Official checkpoints are read "
+            "by models.checkpoint.load_official"
+        )
+    return state
+
+
+def load_newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest readable checkpoint of a run, warning about unreadable newer ones; None where it has none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read.
+    """
+    paths = list_checkpoints(run)
+    for path in paths:
+        try:
+            return path, load_checkpoint(path)
+        except CheckpointError as error:
+            warnings.warn(f"skipped: {error}", stacklevel=2)
+    if paths:
+        raise CheckpointError(f"none of the {len(paths)} checkpoints of {run} can be read: start a new run")
+    return None

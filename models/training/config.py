@@ -1,0 +1,144 @@
+"""`TrainConfig`: the one place where a training option is named, typed, defaulted and explained."""
+
+import dataclasses
+from argparse import BooleanOptionalAction
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+Config = TypeVar("Config")
+
+
+def option(default: Any, help: str, *, nargs: str | None = None, change_on_resume: bool = False) -> Any:
+    """A dataclass field that also is a command-line option; `change_on_resume`: a resumed run may set it anew."""
+    metadata = {"help": help, "nargs": nargs, "change_on_resume": change_on_resume}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All options of a training run; a run directory's `config.yaml` holds one, ready for `--config`.
+
+    Raises:
+        ValueError: a number out of its range, naming the option.
+    """
+
+    model: str = option("DSMoE-digits", "name of the model, one of `python -m models.list`")
+    model_options: dict[str, Any] = option({}, "fields of the model's config to override, such as '{depth: 4}'")
+    data: str = option("digits", "dataset to train on")
+    output: str = option("runs/train", "run directory to create", change_on_resume=True)
+    seed: int = option(0, "seed of the weights, of the data order and of the training noise")
+
+    steps: int = option(5000, "optimizer steps to train for, counted from the start of the run", change_on_resume=True)
+    max_minutes: float | None = option(None, "stop early after this time in this process", change_on_resume=True)
+    batch_size: int = option(256, "images per optimizer step")
+    accumulation: int = option(1, "parts a batch is cut into, each with its own backward pass, to save memory")
+    learning_rate: float = option(1e-3, "AdamW's learning rate after warm-up (1e-4 is usual for latent models)")
+    warmup_steps: int = option(100, "steps over which the learning rate rises linearly from 0")
+    beta2: float = option(0.999, "AdamW's decay of the squared gradient")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    grad_clip: float | None = option(1.0, "largest gradient norm, larger ones are scaled down; null for no limit")
+    ema_decay: float = option(0.999, "decay of the moving average of weights that samples are taken from")
+    precision: Literal["float32", "bfloat16"] = option("float32", "bfloat16 runs the model under autocast")
+
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one", change_on_resume=True)
+    compile: bool = option(False, "compile the model with torch.compile", change_on_resume=True)
+    workers: int = option(0, "processes that load data", change_on_resume=True)
+
+    log_every: int = option(20, "steps between records of the loss", change_on_resume=True)
+    checkpoint_every: int = option(1000, "steps between checkpoints; one more at the end", change_on_resume=True)
+    keep_checkpoints: int = option(3, "how many of the newest checkpoints are kept", change_on_resume=True)
+    sample_every: int = option(1000, "steps between sample grids; one more at the end", change_on_resume=True)
+    sample_rows: int = option(4, "rows of the sample grid, a column per class", change_on_resume=True)
+    sample_steps: int = option(50, "Euler steps of the samples", change_on_resume=True)
+    sample_cfg_scale: float = option(
+        1.5, "guidance of the samples, for models trained with label dropout; 1 for none", change_on_resume=True
+    )
+
+    def __post_init__(self) -> None:
+        positive = "steps batch_size accumulation log_every checkpoint_every keep_checkpoints sample_every sample_rows"
+        for name in (positive + " sample_steps").split():
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "weight_decay", "workers"):
+            require(self, name, getattr(self, name) >= 0, "at least 0")
+        require(self, "learning_rate", self.learning_rate > 0, "above 0")
+        require(self, "beta2", 0 <= self.beta2 < 1, "in [0, 1)")
+        require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        require(self, "grad_clip", self.grad_clip is None or self.grad_clip > 0, "above 0, or null for no limit")
+        require(self, "max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0, or null for no limit")
+        require(self, "accumulation", self.accumulation <= self.batch_size, f"at most batch_size, {self.batch_size}")
+
+    def check_resumable_from(self, saved: dict[str, Any], source: Path) -> None:
+        """Refuse to continue a run under options that would make it another run.
+
+        Args:
+            saved: the options the run was started with, as `dataclasses.asdict` gives them.
+            source: the checkpoint they were read from, for the message.
+
+        Raises:
+            ValueError: naming the first option that differs and must not, and both values.
+        """
+        for spec in dataclasses.fields(self):
+            now = getattr(self, spec.name)
+            if not spec.metadata["change_on_resume"] and spec.name in saved and saved[spec.name] != now:
+                raise ValueError(
+                    f"{spec.name} is {now!r}, but {source} was written by a run with {saved[spec.name]!r}: "
+                    f"leave --{flag(spec.name)} out to resume that run, or start a new one with another --output"
+                )
+
+
+def require(config: Any, name: str, holds: bool, expected: str) -> None:
+    """Raise a ValueError that names an option of `config`, its value and what was `expected`, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {getattr(config, name)!r}: correct --{flag(name)}")
+
+
+def flag(name: str) -> str:
+    """An option's name on the command line: `batch_size` is `--batch-size`."""
+    return name.replace("_", "-")
+
+
+def config_parser(config_class: type, *, prog: str, description: str) -> "ArgumentParser":
+    """A command line with one option per field of `config_class`, and `--config FILE` for a YAML file of the same."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="YAML file of options; options after it take precedence")
+    for spec in dataclasses.fields(config_class):
+        kind: dict[str, Any] = {"action": BooleanOptionalAction} if spec.type is bool else {"type": spec.type}
+        if spec.metadata["nargs"]:
+            kind["nargs"] = spec.metadata["nargs"]
+        default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
+        parser.add_argument(f"--{flag(spec.name)}", **kind, default=default, help=spec.metadata["help"])
+    return parser
+
+
+def build_config(config_class: type[Config], arguments: Any) -> Config:
+    """The `config_class` of parsed arguments, which may hold other options too."""
+    return config_class(**{spec.name: arguments[spec.name] for spec in dataclasses.fields(config_class)})
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML that `--config` takes back."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options in a YAML file, unchecked.
+
+    Raises:
+        ValueError: the file holds no mapping.
+    """
+    import yaml
+
+    options = yaml.safe_load(path.read_text())
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold options as 'name: value' lines, got {type(options).__name__}")
+    return options

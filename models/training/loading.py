@@ -1,0 +1,103 @@
+"""From a model's name and a dataset to a model, and from a checkpoint back to the model it was written from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from models import create_model
+from models.data import DataSplits
+from models.training.checkpoints import CheckpointError, load_checkpoint, load_newest
+
+Weights = Literal["ema", "model"]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of "auto" (the GPU if there is one), "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" where torch finds no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device is 'cuda', but torch finds no GPU: pass --device cpu, or install a CUDA build of torch"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def model_overrides(options: dict[str, Any], data: DataSplits) -> dict[str, Any]:
+    """`options` for `create_model`, with image size, channels and classes taken from the data.
+
+    Raises:
+        ValueError: an option contradicts the data.
+    """
+    geometry = {"input_size": data.image_size, "in_channels": data.channels, "num_classes": data.num_classes}
+    for name, value in geometry.items():
+        if options.get(name, value) != value:
+            raise ValueError(
+                f"model_options sets {name}={options[name]!r}, but the dataset {data.name!r} has {value}: "
+                f"leave {name} out, it is taken from the data, or choose other --data"
+            )
+    return {**options, **geometry}
+
+
+def check_model_config(model: nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint of a model with another config than `model`, naming the field and both values."""
+    saved, now = state["model_config"], dataclasses.asdict(model.config)
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            raise CheckpointError(
+                f"{path} holds a {state['model_name']} with {name}={saved.get(name)!r}, but this one has "
+                f"{name}={now.get(name)!r}: use the version and options that the checkpoint was trained with"
+            )
+
+
+def load_model(
+    checkpoint: Path | str,
+    *,
+    weights: Weights = "ema",
+    name: str | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The trained model of a run directory or checkpoint file, in evaluation mode.
+
+    Args:
+        checkpoint: a run directory of `models.train`, for its newest readable checkpoint, or one checkpoint file.
+        weights: "ema" for the moving average, "model" for the weights of the last step.
+        name: the model's name, where a checkpoint of any other shall be refused.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: (a ValueError) nothing readable there, or a checkpoint of another model or config.
+    """
+    path, state = _read(Path(checkpoint))
+    if name is not None and name != state["model_name"]:
+        raise CheckpointError(
+            f"{path} is a checkpoint of {state['model_name']}, not of {name}: ask for {state['model_name']}, "
+            "or pass the checkpoint of another run"
+        )
+    model = create_model(state["model_name"], **state["model_overrides"])
+    check_model_config(model, state, path)
+    load_weights(model, state[weights], path)
+    return model.to(device).eval()
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """`model.load_state_dict`, strict, with the file in the message where names or shapes do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model, it is damaged or of another version: {error}") from error
+
+
+def _read(source: Path) -> tuple[Path, dict[str, Any]]:
+    if not source.is_dir():
+        return source, load_checkpoint(source)
+    found = load_newest(source)
+    if found is None:
+        raise CheckpointError(f"{source} holds no checkpoint: pass the --output of a `python -m models.train` run")
+    return found

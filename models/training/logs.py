@@ -1,0 +1,76 @@
+"""What a run leaves to read: `metrics.jsonl`, TensorBoard scalars and the loss curve."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from models.training.checkpoints import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Appends records of scalars to `metrics.jsonl` and to TensorBoard files in a run directory.
+
+    Args:
+        folder: the run directory.
+        start_step: records after this step are dropped, because a resumed run writes them again.
+    """
+
+    def __init__(self, folder: Path, start_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / METRICS_FILE
+        kept = [record for record in read_metrics(folder) if record["step"] <= start_step] if path.exists() else []
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(path, lambda file: file.write(lines.encode()))
+        self._file = path.open("a")
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Record `scalars` at `step`, at once readable."""
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._writer.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run in order; a last line that a crash cut short is left out."""
+    lines = (folder / METRICS_FILE).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def save_loss_curves(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """A PNG with one curve of loss over steps per run, smoothed over the raw records behind it.
+
+    Args:
+        path: file to write.
+        runs: records as `read_metrics` gives them, by the name that the legend shows.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, records in runs.items():
+        steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
+        (line,) = axes.plot(steps, _smoothed(losses), label=name)
+        axes.plot(steps, losses, color=line.get_color(), alpha=0.25, linewidth=0.8)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    if runs:
+        axes.legend()
+    figure.savefig(path)
+
+
+def _smoothed(values: list[float], decay: float = 0.9) -> list[float]:
+    """Moving average that forgets exponentially and is not pulled towards 0 at the start."""
+    smooth, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        smooth.append(total / weight)
+    return smooth

@@ -1,0 +1,313 @@
+"""The training loop: one optimizer step at a time, with everything that is needed to stop and go on bit for bit."""
+
+import dataclasses
+import math
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from models import create_model
+from models.data import load_dataset, save_grid, to_uint8
+from models.objectives import RectifiedFlow
+from models.sample import balanced_labels, sample_images
+from models.training.batches import ShuffledBatches
+from models.training.checkpoints import (
+    checkpoint_path,
+    list_checkpoints,
+    load_newest,
+    save_checkpoint,
+    write_atomically,
+)
+from models.training.config import TrainConfig, read_yaml, to_yaml
+from models.training.interrupt import StopOnSignal
+from models.training.loading import check_model_config, load_weights, model_overrides, pick_device
+from models.training.logs import RunLog, read_metrics, save_loss_curves
+
+CONFIG_FILE = "config.yaml"
+GRID_COLUMNS = 10  # classes shown at most
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a NaN or an infinity and stopped; the message has the step and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimizer step: the loss that was minimised, its flow part without auxiliary losses, the gradient's norm."""
+
+    loss: float
+    mse: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `Trainer.fit` ended.
+
+    step: optimizer steps done since the start of the run.
+    images_per_second: training images per second of training steps in this process; sampling and writing not counted.
+    checkpoint: the one of `step`.
+    ended_by: what stopped it.
+    """
+
+    step: int
+    images_per_second: float
+    checkpoint: Path
+    ended_by: Literal["steps", "time", "signal"]
+
+
+class Trainer:
+    """A training run in a directory of its own.
+
+    The directory holds `config.yaml`, `checkpoints/`, `samples/`, `metrics.jsonl`, `loss.png` and `tensorboard/`.
+    Training draws from torch's global generators, which the constructor seeds, or restores.
+
+    Args:
+        config: the options.
+        resume: continue the run in `config.output` from its newest readable checkpoint, or from the start if it was
+            stopped before the first one. On the same machine, device, thread count and versions the result is the
+            same, bit for bit, as without the stop.
+
+    Raises:
+        ValueError: options, data and model do not fit together; without `resume`, the directory holds a run; with it,
+            the directory holds none, or one of another model or other options.
+    """
+
+    def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+        self.config, self.run = config, Path(config.output)
+        saved = self._find_saved(resume)
+        self.device = pick_device(config.device)
+        self.data = load_dataset(config.data)
+        self.model_overrides = model_overrides(config.model_options, self.data)
+
+        torch.manual_seed(config.seed)
+        self.model = create_model(config.model, **self.model_overrides).to(self.device).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.ema = AveragedModel(self.model, multi_avg_fn=ema_update(config.ema_decay), use_buffers=True)
+        self.ema.eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, config.learning_rate, (0.9, config.beta2), weight_decay=config.weight_decay
+        )
+        self.objective = RectifiedFlow()
+        self.step, self.checkpoint = 0, None
+        if saved:
+            self._restore(*saved)
+        if config.compile:
+            self.model.compile()
+
+        self.run.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.run / CONFIG_FILE, lambda file: file.write(to_yaml(config).encode()))
+
+    def fit(self) -> TrainResult:
+        """Train until the steps are done, the time is up or a signal asks to stop; then write a checkpoint and,
+        unless it was a signal, a sample grid and the loss curve.
+
+        Raises:
+            NonFiniteError: the loss, a gradient or a weight is NaN or infinite; nothing of that step is kept.
+        """
+        config, start = self.config, self.step
+        deadline = math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
+        batches, window, seconds, speed = self._batches(), [], 0.0, 0.0
+        with StopOnSignal() as stop, closing(RunLog(self.run, start)) as log, self._progress_bar() as bar:
+            while not (ended_by := self._reason_to_end(stop, deadline)):
+                started = time.perf_counter()
+                window.append(self.train_step(*next(batches)))
+                seconds += time.perf_counter() - started
+                speed = (self.step - start) * config.batch_size / seconds
+                bar.set_postfix_str(f"loss {window[-1].loss:.4f}, {speed:.0f} images/s", refresh=False)
+                bar.update()
+                if self.step % config.log_every == 0:
+                    self._log(log, window, speed)
+                    window = []
+                if self.step % config.checkpoint_every == 0:
+                    self.save()
+                if self.step % config.sample_every == 0:
+                    self.save_samples()
+            if window:
+                self._log(log, window, speed)
+            self.save()
+            if ended_by != "signal":
+                self.save_samples()
+                save_loss_curves(self.run / "loss.png", {config.model: read_metrics(self.run)})
+        return TrainResult(self.step, speed, self.checkpoint, ended_by)
+
+    def train_step(self, images: Tensor, labels: Tensor) -> StepStats:
+        """One optimizer step on a batch: (N, C, H, W) float32 images and (N,) int64 labels.
+
+        Times and noise are drawn for the whole batch, so that cutting it into parts does not change them.
+        """
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        t, noise = torch.rand(len(images), device=self.device), torch.randn_like(images)
+        totals, auxes = torch.zeros(2, device=self.device), []
+        parts = [tensor.tensor_split(self.config.accumulation) for tensor in (images, labels, t, noise)]
+        for x, y, t_part, noise_part in zip(*parts, strict=True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+                result = self.objective.loss(self.model, x, y, t=t_part, noise=noise_part)
+            share = len(x) / len(images)
+            (result.loss * share).backward()
+            totals += share * torch.stack([result.loss, result.mse.mean()]).detach()
+            auxes.append(result.aux)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
+        stats = StepStats(*totals.tolist(), grad_norm.item())
+        if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
+            raise self._non_finite(f"the loss is {stats.loss} and the gradient's norm {stats.grad_norm}", self.step + 1)
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_routing_state(auxes)
+        self.ema.update_parameters(self.model)
+        self.step += 1
+        return stats
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, if there is none yet.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite; nothing is written.
+        """
+        if self.checkpoint == checkpoint_path(self.run, self.step):
+            return
+        state = self.state_dict()
+        for name in ("model", "ema"):
+            for key, value in state[name].items():
+                if not value.isfinite().all():
+                    raise self._non_finite(f"{key} of the {name} weights holds NaN or infinity", self.step)
+        self.checkpoint = save_checkpoint(self.run, state, keep=self.config.keep_checkpoints)
+
+    def save_samples(self) -> None:
+        """Write a grid of samples of the averaged weights, a column per class."""
+        columns = min(self.data.num_classes, GRID_COLUMNS)
+        labels = balanced_labels(columns * self.config.sample_rows, range(columns))
+        scale = self.config.sample_cfg_scale if self.ema.module.null_label is not None else 1.0
+        images = sample_images(self.ema.module, labels, steps=self.config.sample_steps, cfg_scale=scale)
+        path = self.run / "samples" / f"step-{self.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_grid(path, to_uint8(images), columns, column_labels=[str(label) for label in range(columns)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run's future depends on, in tensors and plain values."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "step": self.step,
+            "model_name": self.config.model,
+            "model_overrides": self.model_overrides,
+            "model_config": dataclasses.asdict(self.model.config),
+            "train_config": dataclasses.asdict(self.config),
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []},
+            "environment": self._environment(),
+        }
+
+    def _find_saved(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
+        config_file = self.run / CONFIG_FILE
+        holds_run = config_file.exists() or bool(list_checkpoints(self.run))
+        if holds_run and not resume:
+            raise ValueError(f"{self.run} holds another run: continue it with --resume, or choose another --output")
+        if resume and not holds_run:
+            raise ValueError(f"{self.run} holds no run to resume: leave --resume out, or correct --output")
+        found = load_newest(self.run)
+        if found:
+            self.config.check_resumable_from(found[1]["train_config"], found[0])
+        elif resume:
+            self.config.check_resumable_from(read_yaml(config_file), config_file)
+        return found
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        check_model_config(self.model, state, path)
+        load_weights(self.model, state["model"], path)
+        load_weights(self.ema.module, state["ema"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.ema.n_averaged.fill_(self.step)
+        self.checkpoint = path
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and state["rng"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        was, now = state["environment"], self._environment()
+        changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
+        if changed:
+            warnings.warn(f"resumed, but not bit for bit: {', '.join(changed)} since {path} was written", stacklevel=3)
+
+    def _environment(self) -> dict[str, str]:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        return {**versions, "device": self.device.type, "threads": str(torch.get_num_threads())}
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = ShuffledBatches(len(self.data.train), self.config.batch_size, self.config.seed, start=self.step)
+        return iter(
+            DataLoader(
+                self.data.train,
+                batch_sampler=order,
+                num_workers=self.config.workers,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),  # else it would draw from the global one, once per process
+            )
+        )
+
+    def _reason_to_end(self, stop: StopOnSignal, deadline: float) -> str | None:
+        if stop.requested:
+            return "signal"
+        if self.step >= self.config.steps:
+            return "steps"
+        return "time" if time.monotonic() >= deadline else None
+
+    def _learning_rate(self) -> float:
+        warmup = min(1.0, (self.step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
+        return self.config.learning_rate * warmup
+
+    def _log(self, log: RunLog, window: list[StepStats], speed: float) -> None:
+        means = {
+            field.name: sum(getattr(stats, field.name) for stats in window) / len(window)
+            for field in dataclasses.fields(StepStats)
+        }
+        progress = {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "epoch": self.step * self.config.batch_size / len(self.data.train),
+            "images_per_second": speed,
+        }
+        log.write(self.step, {**means, **progress})
+
+    def _progress_bar(self) -> Any:
+        from tqdm import tqdm
+
+        interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file needs few lines
+        return tqdm(
+            total=self.config.steps, initial=self.step, desc=self.config.model, unit="step", mininterval=interval
+        )
+
+    def _non_finite(self, what: str, step: int) -> NonFiniteError:
+        good = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
+        return NonFiniteError(
+            f"step {step}: {what}; training stopped, {good}. "
+            "Start a new run with a lower --learning-rate, a smaller --grad-clip or --precision float32"
+        )
+
+
+def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+    """`get_ema_multi_avg_fn` for floats; others are copied, since an average of integers is rounded towards zero."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Any) -> None:
+        if averaged[0].is_floating_point():
+            average(averaged, current, num_averaged)
+        else:
+            for target, source in zip(averaged, current, strict=True):
+                target.copy_(source)
+
+    return update
