@@ -36,7 +36,9 @@ class DiTConfig:
         hidden_size: D.
         depth: number of blocks.
         num_heads: attention heads.
+        head_dim: channels of a head; hidden_size / num_heads where None.
         mlp_ratio: width of the dense MLP over D.
+        swiglu: a SwiGLU without biases in place of the dense MLP with GELU (not for DSMoE).
         class_dropout_prob: how often a label is dropped in training; 0 leaves the model without a null label.
         num_classes: labels are 0 .. num_classes - 1; the null label is num_classes.
         learn_sigma: twice the output channels; flow uses the first half.
@@ -49,7 +51,9 @@ class DiTConfig:
     hidden_size: int = 1152
     depth: int = 28
     num_heads: int = 16
+    head_dim: int | None = None
     mlp_ratio: float = 4.0
+    swiglu: bool = False
     class_dropout_prob: float = 0.1
     num_classes: int = 1000
     learn_sigma: bool = True
@@ -93,8 +97,11 @@ class DiTBlock(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         hidden_size = config.hidden_size
-        self.attn = RoPEAttention(hidden_size, config.num_heads, rope=None, backend=config.backend)
-        self.mlp = Mlp(hidden_size, int(hidden_size * config.mlp_ratio), "gelu_tanh")
+        self.attn = RoPEAttention(
+            hidden_size, config.num_heads, head_dim=config.head_dim, rope=None, backend=config.backend
+        )
+        width = int(hidden_size * config.mlp_ratio)
+        self.mlp = FeedForward(hidden_size, width) if config.swiglu else Mlp(hidden_size, width, "gelu_tanh")
         self.adaLN_modulation = AdaLNModulation(hidden_size, 6)
 
     def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, None]:

@@ -28,7 +28,6 @@ class DSMoEConfig(DiTConfig):
         rope: "1d" or "2d"; None for a sin-cos position table.
         norm: "layernorm", or "rmsnorm" with a learnable scale.
         num_kv_heads: key and value heads; num_heads where None.
-        head_dim: channels of a head; hidden_size / num_heads where None.
         balance, capacity_factor: see `MoE`.
         masked_group_fill: 0.0 is the official code's, see `ops.router_topk`.
     """
@@ -45,7 +44,6 @@ class DSMoEConfig(DiTConfig):
     rope: str | None = "2d"
     norm: str = "layernorm"
     num_kv_heads: int | None = None
-    head_dim: int | None = None
     balance: Balance | str | None = None
     capacity_factor: float | None = None
     masked_group_fill: float = -math.inf
@@ -54,6 +52,8 @@ class DSMoEConfig(DiTConfig):
         super().__post_init__()
         check_choice("rope", self.rope, ("1d", "2d", None))
         check_choice("norm", self.norm, NORMS)
+        if self.swiglu:
+            raise ValueError("swiglu: expected False, a DSMoE's dense blocks have a SiLU MLP, got True")
 
     def is_moe_block(self, index: int) -> bool:
         return index >= self.num_dense_blocks and (index % 2 == 1 or not self.interleave)

@@ -90,7 +90,7 @@ class RoPEAttention(nn.Module):
         self.proj = nn.Linear(num_heads * head_dim, hidden_size, **factory)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
-        self._reset_tables()
+        self.reset_tables()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D).
@@ -144,7 +144,8 @@ class RoPEAttention(nn.Module):
             )
         return ops.rope_table(self.rope, self.head_dim, num_rotated if self.rope == "1d" else side, device=x.device)
 
-    def _reset_tables(self) -> None:
+    def reset_tables(self) -> None:
+        """Computes the rotary tables anew, on the device of the parameters."""
         if self.rope is not None and self.grid_size is not None:
             self.cos, self.sin = ops.rope_table(
                 self.rope, self.head_dim, self.grid_size, device=self.proj.weight.device
@@ -152,7 +153,7 @@ class RoPEAttention(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._reset_tables()  # a cast would round the tables, to_empty leave them uninitialised
+        self.reset_tables()  # a cast would round the tables, to_empty leave them uninitialised
         return self
 
     def extra_repr(self) -> str:

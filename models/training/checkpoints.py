@@ -17,7 +17,7 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Create or replace `path` by what `write` puts into a file; a crash leaves the old one or the new, never a part."""
+    """Create or replace `path` by what `write` puts into a file; a crash leaves the old one or the new, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         write(file)

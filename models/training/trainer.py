@@ -286,10 +286,9 @@ class Trainer:
     def _progress_bar(self) -> Any:
         from tqdm import tqdm
 
+        total = self.config.steps if self.config.max_minutes is None else None  # with a time limit nobody knows
         interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file needs few lines
-        return tqdm(
-            total=self.config.steps, initial=self.step, desc=self.config.model, unit="step", mininterval=interval
-        )
+        return tqdm(total=total, initial=self.step, desc=self.config.model, unit="step", mininterval=interval)
 
     def _non_finite(self, what: str, step: int) -> NonFiniteError:
         good = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"

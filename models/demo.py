@@ -1,0 +1,216 @@
+"""Train DSMoE and dense DiT on real digits on a CPU, sample both, score both: `python -m models.demo`."""
+
+import dataclasses
+import datetime
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import count_parameters
+from models.data import DataSplits, collect, load_dataset, save_grid, save_npz, to_uint8
+from models.metrics import Scores, score_samples, train_classifier
+from models.sample import balanced_labels, sample_images
+from models.training.config import TrainConfig, build_config, config_parser, option, require
+from models.training.loading import load_model
+from models.training.logs import read_metrics, save_loss_curves
+from models.training.trainer import Trainer, TrainResult
+
+MODELS = ("DSMoE-digits", "DiT-digits")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """All options of `python -m models.demo`.
+
+    Raises:
+        ValueError: a number out of its range, naming the option.
+    """
+
+    output: str = option("runs/demo", "directory for the runs, the pictures and the table")
+    minutes: float = option(3.0, "time to train DSMoE for; dense DiT, which is faster, takes as many steps")
+    steps: int | None = option(None, "train both models for this many steps instead")
+    sample_steps: int = option(50, "Euler steps of the samples")
+    cfg_scale: float = option(1.5, "guidance of the samples, 1 for none")
+    seed: int = option(0, "seed of training and of the samples")
+    overwrite: bool = option(False, "replace an earlier demo in --output")
+
+    def __post_init__(self) -> None:
+        require(self, "minutes", self.minutes > 0, "above 0")
+        for name in ("steps", "sample_steps"):
+            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table; `loss` is the mean squared error of the velocity over the last tenth of the records."""
+
+    model: str
+    activated_parameters: int
+    total_parameters: int
+    steps: int
+    images_per_second: float
+    loss: float
+    scores: Scores
+
+
+def make_room(output: Path, *, overwrite: bool) -> None:
+    """Delete an earlier demo's runs in `output`.
+
+    Raises:
+        ValueError: there are some, and `overwrite` is not set.
+    """
+    earlier = [output / name for name in MODELS if (output / name).exists()]
+    if earlier and not overwrite:
+        raise ValueError(f"{output} holds an earlier demo: replace it with --overwrite, or choose another --output")
+    for run in earlier:
+        shutil.rmtree(run)
+
+
+def run_demo(config: DemoConfig) -> list[Row] | None:
+    """Train, sample and score every model and write pictures and tables; None where Ctrl-C ended the training.
+
+    `config.output` gets `grid.png`, `loss.png`, `demo.md`, `demo.json`, and a folder per model with its run and
+    `samples.npz`.
+    """
+    output, data = Path(config.output), load_dataset("digits")
+    results: dict[str, TrainResult] = {}
+    for name in MODELS:
+        # The slowest comes first and sets the number of steps, so that all see the same images equally often.
+        steps = config.steps or next((result.step for result in results.values()), None)
+        results[name] = _train(name, config, steps)
+        if results[name].ended_by == "signal":
+            return None
+
+    labels = balanced_labels(len(data.holdout), range(data.num_classes))
+    samples = {name: _sample(name, config, labels) for name in MODELS}
+    classifier = train_classifier(data)
+    rows = []
+    for name in MODELS:
+        total, activated = count_parameters(load_model(output / name))
+        losses = [record["mse"] for record in read_metrics(output / name)]
+        losses = losses[-max(1, len(losses) // 10) :]
+        rows.append(
+            Row(
+                model=name,
+                activated_parameters=activated,
+                total_parameters=total,
+                steps=results[name].step,
+                images_per_second=results[name].images_per_second,
+                loss=sum(losses) / len(losses),
+                scores=score_samples(samples[name], data, labels=labels, classifier=classifier),
+            )
+        )
+    _write(output, config, data, samples, rows)
+    return rows
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, its columns aligned."""
+    heading = ["model", "activated", "total", "images/s", "loss", "digits-FD", "floor", "nearer to training images"]
+    cells = [
+        [
+            row.model,
+            f"{row.activated_parameters / 1e6:.2f} M",
+            f"{row.total_parameters / 1e6:.2f} M",
+            f"{row.images_per_second:.0f}",
+            f"{row.loss:.4f}",
+            f"{row.scores.digits_fd:.2f}",
+            f"{row.scores.floor:.2f}",
+            f"{row.scores.share_nearer_than_holdout:.0%}",
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(heading, *cells, strict=True)]
+    lines = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in [heading, *cells]]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _train(name: str, config: DemoConfig, steps: int | None) -> TrainResult:
+    return Trainer(
+        TrainConfig(
+            model=name,
+            output=str(Path(config.output) / name),
+            seed=config.seed,
+            steps=steps or 1_000_000,
+            max_minutes=None if steps else config.minutes,
+            batch_size=128,
+            ema_decay=0.995,
+            log_every=10,
+            sample_steps=config.sample_steps,
+            sample_cfg_scale=config.cfg_scale,
+        )
+    ).fit()
+
+
+def _sample(name: str, config: DemoConfig, labels: Tensor) -> Tensor:
+    """uint8 (N, H, W, C)."""
+    print(f"{name}: drawing {len(labels)} samples", flush=True)
+    folder = Path(config.output) / name
+    model = load_model(folder)
+    images = to_uint8(
+        sample_images(model, labels, seed=config.seed, steps=config.sample_steps, cfg_scale=config.cfg_scale)
+    )
+    save_npz(folder / "samples.npz", images, labels)
+    return images
+
+
+def _write(output: Path, config: DemoConfig, data: DataSplits, samples: dict[str, Tensor], rows: list[Row]) -> None:
+    classes = range(data.num_classes)
+    held_out, held_out_labels = collect(data.holdout)
+    real = to_uint8(torch.stack([held_out[held_out_labels == label][0] for label in classes]))
+    # Samples run through the classes, so the first ten are one of each, as they came.
+    grid = {"real": real, **{name: images[: len(classes)] for name, images in samples.items()}}
+    save_grid(
+        output / "grid.png",
+        torch.cat(list(grid.values())),
+        len(classes),
+        row_labels=list(grid),
+        column_labels=[str(label) for label in classes],
+    )
+    save_loss_curves(output / "loss.png", {name: read_metrics(output / name) for name in MODELS})
+    origin = (
+        f"`python -m models.demo`, {rows[0].steps} steps each, {platform.machine()} CPU with {torch.get_num_threads()} "
+        f"threads, Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}"
+    )
+    (output / "demo.md").write_text(f"{format_table(rows)}\n\n{origin}\n")
+    record = {
+        "origin": origin,
+        "config": dataclasses.asdict(config),
+        "models": [dataclasses.asdict(row) for row in rows],
+    }
+    (output / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 130 where Ctrl-C ended it."""
+    parser = config_parser(DemoConfig, prog="python -m models.demo", description=__doc__)
+    try:
+        config = build_config(DemoConfig, parser.parse_args(arguments))
+        output = Path(config.output)
+        make_room(output, overwrite=config.overwrite)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = run_demo(config)
+    if rows is None:
+        print("stopped; start again with --overwrite", file=sys.stderr)
+        return 130
+    print(f"\n{format_table(rows)}\n")
+    print("digits-FD: distance of 500 samples to 500 held-out images; floor: of 500 training images to them.")
+    print("Nearer to training images: samples nearer to one than the median held-out image is; 50% is fresh.")
+    print(
+        f"Pictures: {output / 'grid.png'}, {output / 'loss.png'}; table: {output / 'demo.md'}, {output / 'demo.json'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

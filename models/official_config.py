@@ -1,0 +1,120 @@
+"""Official YAML configurations to ours."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from models import DiTConfig, DSMoEConfig, model_class
+from models.dit import DiT
+
+# Refused where true: bugs or kernels that this project does not take over.
+_REFUSED = {
+    "use_sinks": "attention sinks (the official code attends over the batch axis)",
+    "use_kda": "Kimi delta attention",
+    "use_flash_attn": "its flash attention variant",
+}
+# Read by the official constructors and without any effect there, or only on the initial weights and the loss.
+_IGNORED = {"sliding_window", "kda_kwargs", "init_MoeMLP", "use_capacity_schedule", "CapacityPred_loss_weight"}
+_IGNORED_MOE = {"hidden_size", "capacity", "capacity_schedule", "skip_last2", "use_type", "group_bins", "local_top_p"}
+_MOE_FIELDS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "top_k",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "n_group": "num_groups",
+    "topk_group": "top_groups",
+    "routed_scaling_factor": "scaling_factor",
+    "interleave": "interleave",
+}
+_DIT_FIELDS = (
+    *("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "head_dim", "mlp_ratio"),
+    *("class_dropout_prob", "num_classes", "learn_sigma"),
+)
+
+
+def build_official(target: str, params: Mapping[str, Any]) -> DiT:
+    """Builds the model of an official YAML file, with the official behaviour as the default.
+
+    Args:
+        target: the YAML's ``model.target``, such as "models.models_DSMoE.DiT".
+        params: the YAML's ``model.params``; ``MoE_config`` a mapping. What is missing has the official class's default.
+            A masked router group is filled with 0.0 as there (`ops.router_topk`).
+
+    Raises:
+        ValueError: an unknown target or parameter (the nearest is named), a required one that is missing, one that is
+            refused, or values that do not fit each other.
+    """
+    if target not in _TARGETS:
+        near = difflib.get_close_matches(target, _TARGETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"target: expected one of {', '.join(_TARGETS)}, got {target!r}; did you mean {near!r}?")
+    config = _TARGETS[target](dict(params))
+    return model_class(config)(config)
+
+
+def _dit_config(params: dict[str, Any]) -> DiTConfig:
+    return DiTConfig(**_take_dit_fields(params), swiglu=bool(_take_rest(params, "use_swiglu").get("use_swiglu", False)))
+
+
+def _dsmoe_config(params: dict[str, Any]) -> DSMoEConfig:
+    fields = _take_dit_fields(params)
+    moe = params.pop("MoE_config", None)
+    if not isinstance(moe, Mapping):
+        raise ValueError(f"MoE_config: expected a mapping, got {moe!r}")
+    moe = dict(moe)
+    rest = _take_rest(params, "rope_type", "enable_gqa", "norm_type", "use_swiglu")
+    num_heads = fields.get("num_heads", DSMoEConfig.num_heads)
+    if rest.get("enable_gqa"):
+        if fields.get("head_dim") is not None:
+            raise ValueError("enable_gqa: expected no head_dim beside it, the official code can't build that")
+        fields["num_kv_heads"] = num_heads // 2
+    rope = rest.get("rope_type", "none")
+    missing = [name for name in _MOE_FIELDS if name not in moe]
+    if missing:
+        raise ValueError(f"MoE_config: expected {', '.join(missing)}, which the official code requires")
+    fields |= {ours: moe.pop(official) for official, ours in _MOE_FIELDS.items()}
+    # A flag that means two blocks, or a number of blocks.
+    dense = moe.pop("skip_first2", False)
+    shared = moe.pop("use_shared_expert", True)
+    if moe.pop("init_MoeMLP", False):
+        raise ValueError("MoE_config.init_MoeMLP: expected False, the official DSMoE can't be built with True")
+    _refuse(moe)
+    _check_known("MoE_config.", set(moe) - _IGNORED_MOE, [*_MOE_FIELDS, "skip_first2", "use_shared_expert"])
+    return DSMoEConfig(
+        **fields,
+        num_dense_blocks=2 * dense if isinstance(dense, bool) else dense,
+        shared_expert=shared,
+        rope=None if rope == "none" else rope,
+        norm=rest.get("norm_type", "layernorm"),
+        masked_group_fill=0.0,
+    )
+
+
+def _take_dit_fields(params: dict[str, Any]) -> dict[str, Any]:
+    """Pops the fields that every DiT has, by the official name, which is ours too."""
+    return {name: params.pop(name) for name in _DIT_FIELDS if name in params}
+
+
+def _take_rest(params: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The remaining parameters, which must be ``names``, without effect, or refused."""
+    _refuse(params)
+    _check_known("", set(params) - _IGNORED, [*names, *_DIT_FIELDS])
+    return params
+
+
+def _refuse(params: dict[str, Any]) -> None:
+    for name, what in _REFUSED.items():
+        if params.pop(name, False):
+            raise ValueError(f"{name}: expected False, {what} is not supported, got True")
+
+
+def _check_known(prefix: str, names: set[str], known: list[str]) -> None:
+    for name in sorted(names - set(known)):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{prefix}{name}: unknown parameter; did you mean {near!r}?")
+
+
+_TARGETS: dict[str, Callable[[dict[str, Any]], DiTConfig]] = {
+    "models.models_DiT.DiT": _dit_config,
+    "models.models_DSMoE.DiT": _dsmoe_config,
+}
