@@ -1,8 +1,8 @@
 """Which implementation of an op runs.
 
 ``"reference"`` is the definition, plain PyTorch that anyone can check. ``"torch"`` is PyTorch's own fast path
-(``grouped_mm``, SDPA), without a host sync. ``"triton"`` and ``"cuda"`` are this project's kernels. ``"auto"`` takes the
-fastest that works for the device and dtype. An explicit choice that can't run raises and says why.
+(``grouped_mm``, SDPA), without a host sync. ``"triton"`` and ``"cuda"`` are this project's kernels. ``"auto"`` takes
+the fastest that works for the device and dtype. An explicit choice that can't run raises and says why.
 """
 
 from __future__ import annotations

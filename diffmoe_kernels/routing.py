@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from diffmoe_kernels.checks import at_least_float32, check_floating, check_integer
+from diffmoe_kernels.checks import at_least_float32, check_floating, check_integer, check_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ class Routing:
             A record of R = E * C rows.
 
         Raises:
-            TypeError: indices that are not integers or gates that are not floating.
+            TypeError: indices or counts that are not integers, or gates that are not floating.
             ValueError: shapes that differ or are not (E, C), or counts that are not (E,).
         """
         check_integer("token_indices", token_indices)
@@ -147,8 +147,8 @@ class Routing:
         num_rows = num_experts * capacity
         if expert_counts is None:
             expert_counts = torch.full((num_experts,), capacity, device=token_indices.device)
-        elif expert_counts.shape != (num_experts,):
-            raise ValueError(f"expert_counts: expected shape ({num_experts},), got {tuple(expert_counts.shape)}")
+        check_integer("expert_counts", expert_counts)
+        check_shape("expert_counts", expert_counts, num_experts)
         group_offsets = expert_counts.long().cumsum(0)
         places = _arange(num_rows, group_offsets)
         valid = places < _last(group_offsets)

@@ -26,7 +26,7 @@ __all__ = ["build_official", "load_official", "official_state_dict", "read_check
 # weights= -> the entries of a checkpoint file that may hold them, DiT's and DSMoE's name first, then JiT's.
 _ENTRIES = {"ema": ("ema", "model_ema1"), "ema2": ("model_ema2",), "model": ("model",)}
 _PREFIXES = ("module.", "net.", "_orig_mod.")  # DistributedDataParallel, JiT's denoiser, torch.compile
-_MOST_LINES = 20
+_MOST_LINES = 10  # of each kind in an error message
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _pick_weights(source: Mapping[str, Any], weights: str | None) -> Mapping[str
     for entry in wanted:
         if isinstance(source.get(entry), Mapping):
             return source[entry]
-    there = ", ".join(str(key) for key in list(source)[:_MOST_LINES]) or "nothing"
+    there = ", ".join(str(key) for key in list(source)[:20]) or "nothing"
     raise ValueError(f"weights: expected a checkpoint with {' or '.join(wanted)}, found {there}")
 
 
@@ -163,26 +163,27 @@ def _strip_prefixes(official: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_keys(official: dict[str, Tensor], layout: dict[str, _Piece], ours: dict[str, Tensor]) -> None:
-    problems = []
+    missing, wrong, extra = [], [], []
     for key, piece in layout.items():
         expected = tuple(ours[piece.key][piece.index].shape)
         if key not in official:
-            problems.append(f"missing key {key}: the model expects {expected}, the checkpoint has nothing")
+            missing.append(f"missing key {key}: the model expects {expected}, the checkpoint has nothing")
         elif tuple(official[key].shape) != expected:
-            problems.append(f"shape of {key}: the model expects {expected}, the checkpoint has {_shape(official[key])}")
-    for key, tensor in official.items():
-        if key not in layout:
-            problems.append(f"extra key {key}: the model has nothing, the checkpoint has {_shape(tensor)}")
-    if problems:
-        more = f"\n  and {len(problems) - _MOST_LINES} more" if len(problems) > _MOST_LINES else ""
-        lines = "\n  ".join(problems[:_MOST_LINES])
+            found = tuple(official[key].shape)
+            wrong.append(f"shape of {key}: the model expects {expected}, the checkpoint has {found}")
+    for key in official.keys() - layout.keys():
+        extra.append(f"extra key {key}: the model has nothing, the checkpoint has {tuple(official[key].shape)}")
+    if missing or wrong or extra:
+        number = len(missing) + len(wrong) + len(extra)
+        lines = [line for problems in (wrong, missing, sorted(extra)) for line in _first_lines(problems)]
         raise ValueError(
-            f"the checkpoint is not of this model, {len(problems)} of its keys do not fit:\n  {lines}{more}"
+            f"the checkpoint is not of this model, {number} of its keys do not fit:\n  " + "\n  ".join(lines)
         )
 
 
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+def _first_lines(problems: list[str]) -> list[str]:
+    hidden = len(problems) - _MOST_LINES
+    return problems[:_MOST_LINES] + ([f"and {hidden} more such keys"] if hidden > 0 else [])
 
 
 @torch.no_grad()

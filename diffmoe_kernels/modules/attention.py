@@ -16,8 +16,8 @@ from diffmoe_kernels.ops.rope_attention import QK_NORMS, check_rope
 class RoPEAttention(nn.Module):
     """Bidirectional multi-head attention with rotary embedding (`ops.rope_attention`).
 
-    Keys are the official code's: ``qkv``, ``proj``, with norm ``q_norm`` and ``k_norm``; with fewer kv heads ``q_proj``,
-    ``k_proj``, ``v_proj`` in place of ``qkv``.
+    Keys are the official code's: ``qkv``, ``proj``, with norm ``q_norm`` and ``k_norm``; with fewer kv heads
+    ``q_proj``, ``k_proj``, ``v_proj`` in place of ``qkv``.
 
     Args:
         hidden_size: D.
@@ -27,8 +27,8 @@ class RoPEAttention(nn.Module):
         qkv_bias: whether the input projections have biases; the output projection always has one.
         qk_norm: "layernorm" (eps 1e-5) or "rmsnorm" (eps 1e-6) of each head's q and k, with learnable scale; or None.
         rope: "1d", "2d", "2d_interleaved" or None; see `ops.rope_attention`.
-        grid_size: the token grid, (rows, columns) or the side of a square, prefix tokens not counted. Where None it is
-            read off each input: N tokens for "1d", a square of N tokens for the others.
+        grid_size: the token grid without prefix tokens, (rows, columns) or the side of a square; one int is the number
+            of tokens for "1d". Where None it is read off each input: N tokens for "1d", a square for the others.
         num_prefix_tokens: leading tokens that are not rotated.
         backend: see `diffmoe_kernels.backend`.
 
@@ -72,7 +72,9 @@ class RoPEAttention(nn.Module):
         self.head_dim = head_dim
         self.qk_norm = qk_norm
         self.rope = rope
-        self.grid_size = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+        if isinstance(grid_size, int):
+            grid_size = (1, grid_size) if rope == "1d" else (grid_size, grid_size)
+        self.grid_size = grid_size
         self.num_prefix_tokens = num_prefix_tokens
         self.backend = check_backend(backend)
 

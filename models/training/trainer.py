@@ -245,7 +245,7 @@ class Trainer:
             warnings.warn(f"resumed, but not bit for bit: {', '.join(changed)} since {path} was written", stacklevel=3)
 
     def _environment(self) -> dict[str, str]:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
         return {**versions, "device": self.device.type, "threads": str(torch.get_num_threads())}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,7 +23,7 @@ def test_timestep_embedding(case, dim) -> None:
     t, expected = case["input.t"], case[f"output.timestep_embedding.{dim}"]
     actual = timestep_embedding(t, timestep_frequencies(dim))
     assert_matches(actual[t < 999], expected[t < 999], "timestep embedding")
-    # exp of one argument differs by an ulp between CPUs (MKL's code paths), which moves an angle near 999 by its spacing.
+    # exp differs by an ulp between CPUs (MKL's code paths), which moves an angle near 999 by its spacing.
     assert (actual - expected).abs().max() <= torch.tensor(999.0).nextafter(torch.tensor(1e9)) - 999.0
 
 

@@ -41,8 +41,8 @@ def unpermute(rows: Tensor, routing: Routing, *, backend: Backend = "auto") -> T
         backend: see `diffmoe_kernels.backend`.
 
     Returns:
-        (T, D), dtype of rows: ``sum(gates[r] * rows[r])`` over the rows r of each token, accumulated in float32 (float64
-        for float64); 0 for a token without rows.
+        (T, D), dtype of rows: ``sum(gates[r] * rows[r])`` over the rows r of each token, accumulated in float32
+        (float64 for float64); 0 for a token without rows.
 
     Raises:
         TypeError: rows that are not floating.

@@ -71,7 +71,7 @@ def rope_attention(
         num_heads = qkv.shape[2] - 2 * num_kv_heads
         if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
-                f"num_kv_heads: expected a divisor of the query heads, got {num_kv_heads} for {qkv.shape[2]} packed heads"
+                f"num_kv_heads: expected a divisor of the query heads among {qkv.shape[2]}, got {num_kv_heads}"
             )
     num_tokens, head_dim = qkv.shape[1], qkv.shape[3]
     if not 0 <= num_prefix_tokens <= num_tokens:

@@ -24,7 +24,7 @@ def token_drop_reference(router_scores: Tensor, expert_capacity: int, num_pools:
 def token_drop_predicted_reference(
     router_scores: Tensor, capacity_logits: Tensor, thresholds: Tensor, max_capacity: int
 ) -> tuple[Routing, Tensor]:
-    """(T, E) scores and capacity predictions -> routing of a predicted count per expert, tokens dropped by the bound."""
+    """(T, E) scores and capacity predictions -> routing of a predicted count per expert, number of rows dropped."""
     num_tokens = router_scores.shape[0]
     scores = at_least_float32(router_scores).t()  # (E, T)
     wanted = (at_least_float32(capacity_logits).sigmoid() > thresholds).sum(0)  # (E,)
@@ -39,7 +39,7 @@ def token_drop_predicted_reference(
 def token_choice_drop_reference(
     topk_ids: Tensor, drop_scores: Tensor, num_experts: int, expert_capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """(T, K) choices -> the same with -1 for the slots past each expert's best ``expert_capacity``, and their number."""
+    """(T, K) choices -> the same with -1 past each expert's best ``expert_capacity``, and how many that are."""
     experts = topk_ids.reshape(-1).long()
     experts = experts.where(experts >= 0, num_experts)
     by_score = drop_scores.detach().reshape(-1).argsort(descending=True, stable=True)

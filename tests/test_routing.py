@@ -1,0 +1,175 @@
+"""`Routing`: examples, gradients, container behaviour and errors. Properties are in test_routing_properties.py."""
+
+import copy
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+import torch
+from torch.utils import _pytree
+from torch.utils.checkpoint import checkpoint
+
+from diffmoe_kernels import Routing, ops
+from diffmoe_kernels.testing import random_topk
+
+FIELDS = ("token_indices", "gates", "group_offsets", "token_offsets", "token_rows")
+
+
+def make(kind="dropped", num_tokens=9, num_experts=4, top_k=2):
+    ids, weights = random_topk(num_tokens, num_experts, top_k, kind=kind)
+    return Routing.from_topk(ids, weights.float(), num_experts)
+
+
+def test_from_topk_example():
+    """Token 0 at experts 2, 0; token 1 at expert 2 alone; token 2 at experts 0, 1."""
+    weights = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    routing = Routing.from_topk(torch.tensor([[2, 0], [2, -1], [0, 1]]), weights, 4)
+    assert routing.token_indices.tolist() == [0, 2, 2, 0, 1, 0]
+    assert routing.gates.tolist() == weights.flatten()[[1, 4, 5, 0, 2]].tolist() + [0.0]
+    assert routing.group_offsets.tolist() == [2, 3, 5, 5]
+    assert routing.token_offsets.tolist() == [0, 2, 3, 5]
+    assert routing.token_rows.tolist() == [3, 0, 4, 1, 2, 0]
+    assert (routing.num_tokens, routing.num_experts, routing.num_rows) == (3, 4, 6)
+    assert routing.group_sizes.tolist() == [2, 1, 2, 0]
+    assert routing.row_is_valid.tolist() == [True] * 5 + [False]
+    assert routing.row_experts.tolist() == [0, 0, 1, 2, 2, 4]
+
+
+def test_from_expert_choice_example():
+    """Expert 0 takes tokens 1, 3; expert 1 takes token 1 of two places; token 0 and 2 go nowhere."""
+    gates = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    routing = Routing.from_expert_choice(torch.tensor([[1, 3], [1, 2]]), gates, 4, torch.tensor([2, 1]))
+    assert routing.token_indices.tolist() == [1, 3, 1, 0]
+    assert routing.gates.tolist() == gates.flatten()[:3].tolist() + [0.0]
+    assert routing.group_offsets.tolist() == [2, 3]
+    assert routing.token_offsets.tolist() == [0, 0, 2, 2, 3]
+    assert routing.token_rows.tolist() == [0, 2, 1, 0]
+
+
+@pytest.mark.parametrize("integer", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_dtypes(integer):
+    ids = torch.tensor([[1, 0], [0, 2]], dtype=integer)
+    for routing in (
+        Routing.from_topk(ids, torch.ones(2, 2, dtype=torch.bfloat16), 3),
+        Routing.from_expert_choice(ids, torch.ones(2, 2, dtype=torch.float16), 3, torch.ones(2, dtype=integer)),
+    ):
+        dtypes = {name: getattr(routing, name).dtype for name in FIELDS}
+        assert dtypes == {name: torch.float32 if name == "gates" else torch.int32 for name in FIELDS}
+    assert Routing.from_topk(ids, torch.ones(2, 2, dtype=torch.float64), 3).gates.dtype == torch.float64
+
+
+def test_gate_gradient_returns_to_its_slot_and_is_zero_for_dropped_slots():
+    ids, weights = random_topk(20, 5, 3, kind="dropped")
+    weights.requires_grad_()
+    routing = Routing.from_topk(ids, weights, 5)
+    cotangent = torch.randn(60, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(routing.gates, weights, cotangent)
+    expected = torch.zeros(20, 3, dtype=torch.float64)
+    experts = routing.row_experts.tolist()
+    for row in range(int(routing.group_offsets[-1])):
+        token = int(routing.token_indices[row])
+        slot = ids[token].tolist().index(experts[row])
+        expected[token, slot] = cotangent[row]
+    assert torch.equal(grad, expected)
+
+
+def test_gate_gradient_of_expert_choice_is_zero_past_the_count():
+    gates = torch.rand(2, 3, requires_grad=True)
+    routing = Routing.from_expert_choice(torch.tensor([[0, 2, 3], [1, 3, 0]]), gates, 4, torch.tensor([1, 2]))
+    routing.gates.backward(torch.tensor([1.0, 2.0, 3.0, torch.nan, torch.nan, torch.nan]))
+    assert gates.grad.tolist() == [[1, 0, 0], [2, 3, 0]]
+
+
+@pytest.mark.parametrize("num_tokens, top_k", [(0, 2), (3, 0), (0, 0)])
+def test_no_rows(num_tokens, top_k):
+    routing = Routing.from_topk(torch.zeros(num_tokens, top_k, dtype=torch.int64), torch.zeros(num_tokens, top_k), 2)
+    assert routing.group_offsets.tolist() == [0, 0]
+    assert routing.token_offsets.tolist() == [0] * (num_tokens + 1)
+    assert routing.num_rows == 0
+
+
+def test_is_a_pytree_of_its_five_fields():
+    routing = make()
+    assert tuple(field.name for field in fields(Routing)) == FIELDS
+    leaves, spec = _pytree.tree_flatten(routing)
+    assert all(leaf is getattr(routing, name) for leaf, name in zip(leaves, FIELDS, strict=True))
+    moved = _pytree.tree_map(lambda tensor: tensor.to("meta"), routing)
+    assert isinstance(moved, Routing) and moved.gates.is_meta
+    again = _pytree.tree_unflatten(leaves, spec)
+    assert isinstance(again, Routing) and again.token_rows is routing.token_rows
+
+
+def test_is_frozen_and_copies():
+    routing = make()
+    with pytest.raises(FrozenInstanceError):
+        routing.gates = torch.zeros(3)
+    copied = copy.deepcopy(routing)
+    for name in FIELDS:
+        assert torch.equal(getattr(copied, name), getattr(routing, name))
+        assert getattr(copied, name) is not getattr(routing, name)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_passes_through_activation_checkpointing(use_reentrant):
+    ids, weights = random_topk(9, 4, 2, kind="dropped")
+    x = torch.randn(9, 3, dtype=torch.float64)
+
+    def gradients(run):
+        leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+        run(leaves[0], Routing.from_topk(ids, leaves[1], 4)).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    def there_and_back(x, routing):
+        return ops.unpermute(ops.permute(x, routing).tanh(), routing)
+
+    plain = gradients(there_and_back)
+    again = gradients(lambda *args: checkpoint(there_and_back, *args, use_reentrant=use_reentrant))
+    assert all(torch.equal(*pair) for pair in zip(plain, again, strict=True))
+
+
+def test_constructors_compile_without_graph_breaks():
+    ids, weights = random_topk(9, 4, 2, kind="dropped")
+    compiled = torch.compile(Routing.from_topk, backend="aot_eager", fullgraph=True)(ids, weights, 4)
+    eager = Routing.from_topk(ids, weights, 4)
+    assert all(torch.equal(getattr(compiled, name), getattr(eager, name)) for name in FIELDS)
+
+
+def test_constructors_work_on_the_meta_device():
+    ids, weights = (tensor.to("meta") for tensor in random_topk(9, 4, 2))
+    assert Routing.from_topk(ids, weights, 4).token_rows.shape == (18,)
+    counts = torch.zeros(9, dtype=torch.int32, device="meta")
+    assert Routing.from_expert_choice(ids, weights, 20, counts).token_offsets.shape == (21,)
+
+
+IDS, WEIGHTS = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2)
+
+
+@pytest.mark.parametrize(
+    "error, message, build",
+    [
+        (TypeError, "topk_ids: expected an integer dtype, got torch.float32", (WEIGHTS, WEIGHTS, 3)),
+        (TypeError, "topk_ids: expected an integer dtype, got torch.bool", (IDS.bool(), WEIGHTS, 3)),
+        (TypeError, "topk_weights: expected a floating dtype, got torch.int64", (IDS, IDS, 3)),
+        (ValueError, r"one shape \(T, K\), got \(4, 2\) and \(4, 1\)", (IDS, WEIGHTS[:, :1], 3)),
+        (ValueError, r"one shape \(T, K\), got \(8,\) and \(8,\)", (IDS.flatten(), WEIGHTS.flatten(), 3)),
+        (ValueError, "num_experts: expected at least 1, got 0", (IDS, WEIGHTS, 0)),
+    ],
+)
+def test_from_topk_rejects(error, message, build):
+    with pytest.raises(error, match=message):
+        Routing.from_topk(*build)
+
+
+@pytest.mark.parametrize(
+    "error, message, build",
+    [
+        (TypeError, "token_indices: expected an integer dtype, got torch.float32", (WEIGHTS, WEIGHTS, 3)),
+        (TypeError, "gates: expected a floating dtype, got torch.int64", (IDS, IDS, 3)),
+        (ValueError, r"one shape \(E, C\), got \(4, 2\) and \(4, 1\)", (IDS, WEIGHTS[:, :1], 3)),
+        (ValueError, r"one shape \(E, C\), got \(8,\) and \(8,\)", (IDS.flatten(), WEIGHTS.flatten(), 3)),
+        (ValueError, r"expert_counts: expected shape \(4,\), got \(2,\)", (IDS, WEIGHTS, 3, IDS[0])),
+        (TypeError, "expert_counts: expected an integer dtype, got torch.float32", (IDS, WEIGHTS, 3, WEIGHTS[:, 0])),
+    ],
+)
+def test_from_expert_choice_rejects(error, message, build):
+    with pytest.raises(error, match=message):
+        Routing.from_expert_choice(*build)
