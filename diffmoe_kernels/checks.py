@@ -16,9 +16,9 @@ def check_integer(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
+def check_floating(name: str, tensor: Tensor | None) -> None:
     """Raises TypeError unless ``tensor`` holds floating-point numbers."""
-    if not tensor.dtype.is_floating_point:
+    if tensor is not None and not tensor.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
 
 
@@ -30,7 +30,7 @@ def check_shape(name: str, tensor: Tensor | None, *shape: int | str) -> None:
         isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
-        expected = ", ".join(str(size) for size in shape)
+        expected = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
 
 

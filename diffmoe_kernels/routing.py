@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from diffmoe_kernels.checks import at_least_float32, check_floating, check_integer, check_shape
+from diffmoe_kernels.checks import at_least_float32, check_floating, check_integer, check_same_device, check_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +81,11 @@ class Routing:
 
         Raises:
             TypeError: ids that are not integers or weights that are not floating.
-            ValueError: shapes that differ or are not (T, K), or num_experts < 1.
+            ValueError: shapes that differ or are not (T, K), different devices, or num_experts < 1.
         """
         check_integer("topk_ids", topk_ids)
         check_floating("topk_weights", topk_weights)
+        check_same_device(topk_ids=topk_ids, topk_weights=topk_weights)
         if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape:
             raise ValueError(
                 "topk_ids and topk_weights: expected one shape (T, K), got "
@@ -134,10 +135,11 @@ class Routing:
 
         Raises:
             TypeError: indices or counts that are not integers, or gates that are not floating.
-            ValueError: shapes that differ or are not (E, C), or counts that are not (E,).
+            ValueError: shapes that differ or are not (E, C), different devices, or counts that are not (E,).
         """
         check_integer("token_indices", token_indices)
         check_floating("gates", gates)
+        check_same_device(token_indices=token_indices, gates=gates, expert_counts=expert_counts)
         if token_indices.dim() != 2 or token_indices.shape != gates.shape:
             raise ValueError(
                 "token_indices and gates: expected one shape (E, C), got "

@@ -1,4 +1,4 @@
-"""Helpers for tests of ops and kernels, one's own included: comparison, poisoned memory, routing inputs. Needs torch alone."""
+"""Helpers for tests of ops and of kernels, one's own included: comparison, poisoned memory, routing inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUTING_KINDS = ("balanced", "skewed", "one_expert", "empty_experts", "dropped")
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected|, Frobenius norms in float64; NaN where an element is; 0 for two empty tensors."""
+    """|actual - expected| / |expected| in float64 (Frobenius norms); |actual| where expected is 0."""
     actual, expected = actual.detach().double(), expected.detach().double()
     error, scale = (actual - expected).norm().item(), expected.norm().item()
     return error / scale if scale else error
@@ -38,8 +38,8 @@ def assert_close(
         actual: the tensor under test.
         expected: what it should be.
         dtype: what actual's dtype should be; expected's where None.
-        tolerance: bound of `relative_error`; that of the less precise of both dtypes in TOLERANCES where None; 0 demands
-            equal values.
+        tolerance: bound of `relative_error`; where None that of TOLERANCES for the less precise of both dtypes. 0
+            demands equal values.
         name: for the message.
 
     Raises:
@@ -61,8 +61,9 @@ def assert_error_within(
 ) -> None:
     """Asserts that a kernel is as accurate as plain PyTorch of the same dtype, measured against float64.
 
-    The relative Frobenius error of kernel_out may be ``factor`` times that of plain_out, or times eps / 4 where that is
-    more: the root mean square error of rounding a result once.
+    The relative Frobenius error of kernel_out may be ``factor`` times that of plain_out. Where plain_out is exact by
+    luck, the bound is ``factor`` times eps / 4, the root mean square error of rounding once, or 5e-7, that of a short
+    sum in float32.
 
     Raises:
         AssertionError: shapes or dtypes differ, an element is not finite, or the error is larger.
@@ -71,7 +72,7 @@ def assert_error_within(
     _check_like(name, kernel_out, float64_out.shape, kernel_out.dtype)
     _check_finite(name, kernel_out)
     error, plain = relative_error(kernel_out, float64_out), relative_error(plain_out, float64_out)
-    bound = factor * max(plain, torch.finfo(kernel_out.dtype).eps / 4)
+    bound = factor * max(plain, torch.finfo(kernel_out.dtype).eps / 4, 5e-7)
     assert error <= bound, f"{name}: error {error:.3g} against float64, plain {kernel_out.dtype} has {plain:.3g}"
 
 

@@ -34,7 +34,7 @@ class DemoConfig:
     """
 
     output: str = option("runs/demo", "directory for the runs, the pictures and the table")
-    minutes: float = option(3.0, "time to train DSMoE for; dense DiT, which is faster, takes as many steps")
+    minutes: float = option(2.75, "time to train DSMoE for; dense DiT, which is faster, takes as many steps")
     steps: int | None = option(None, "train both models for this many steps instead")
     sample_steps: int = option(50, "Euler steps of the samples")
     cfg_scale: float = option(1.5, "guidance of the samples, 1 for none")
@@ -141,7 +141,7 @@ def _train(name: str, config: DemoConfig, steps: int | None) -> TrainResult:
             seed=config.seed,
             steps=steps or 1_000_000,
             max_minutes=None if steps else config.minutes,
-            batch_size=128,
+            batch_size=64,
             ema_decay=0.995,
             log_every=10,
             sample_steps=config.sample_steps,

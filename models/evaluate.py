@@ -9,21 +9,16 @@ from pathlib import Path
 
 from models.data import load_dataset, load_npz
 from models.metrics import Scores, score_samples
+from models.training.config import build_config, config_parser, option
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluateConfig:
-    """Score samples against held-out images: digits-FD beside its floor, and the signs of memorisation.
+    """All options of `python -m models.evaluate`."""
 
-    Args:
-        samples: .npz as `python -m models.sample` writes it: 500 images for the digits, 50 of each class.
-        data: name of the dataset that the model was trained on.
-        output: JSON file for the scores; none is written without it.
-    """
-
-    samples: Path
-    data: str = "digits"
-    output: Path | None = None
+    samples: str = option("samples/samples.npz", ".npz of `models.sample`: 500 images for the digits, 50 of each class")
+    data: str = option("digits", "dataset that the model was trained on")
+    output: str | None = option(None, "JSON file for the scores; none is written without it")
 
 
 def evaluate(config: EvaluateConfig) -> Scores:
@@ -34,13 +29,13 @@ def evaluate(config: EvaluateConfig) -> Scores:
         ValueError: an unknown dataset, a damaged file, or samples that do not fit the dataset.
     """
     data = load_dataset(config.data)
-    if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-    images, labels = load_npz(config.samples)
+    images, labels = load_npz(Path(config.samples))
     scores = score_samples(images, data, labels=labels)
     if config.output is not None:
-        record = {"samples": str(config.samples), "data": config.data, **dataclasses.asdict(scores)}
-        config.output.write_text(json.dumps(record, indent=2) + "\n")
+        output = Path(config.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        record = {"samples": config.samples, "data": config.data, **dataclasses.asdict(scores)}
+        output.write_text(json.dumps(record, indent=2) + "\n")
     return scores
 
 
@@ -59,16 +54,16 @@ def format_scores(scores: Scores) -> str:
     return "\n".join(f"{name:<24}{value:>8}   {remark}" for name, value, remark in rows)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Command line of `evaluate`; bad input ends with one line that says what to do."""
-    from jsonargparse import auto_cli
-
-    config = auto_cli(EvaluateConfig, as_positional=False, prog="python -m models.evaluate", args=args)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 2 where it asks for something impossible."""
+    parser = config_parser(EvaluateConfig, prog="python -m models.evaluate", description="Score a file of samples.")
     try:
-        print(format_scores(evaluate(config)))
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"evaluate: {error}")
+        print(format_scores(evaluate(build_config(EvaluateConfig, parser.parse_args(arguments)))))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,7 +30,7 @@ class SampleConfig:
     model: str | None = option(None, "name of the model you expect; a checkpoint of another one is refused")
     weights: Weights = option("ema", "the moving average of the weights, or those of the last step")
     num_samples: int = option(100, "how many images, as many of each class")
-    classes: list[int] | None = option(None, "labels to sample, all by default", nargs="+")
+    classes: list[int] | None = option(None, "labels to sample, all by default", items=int)
     unconditional: bool = option(False, "sample without a class, for models trained with label dropout")
     steps: int = option(50, "solver steps")
     method: Literal["euler", "heun"] = option("euler", "solver; heun calls the model twice per step")

@@ -176,10 +176,15 @@ class MoE(nn.Module):
         Args:
             aux: the record of the step's forward, or those of its micro-batches. Loads are summed over them, and over
                 the ranks where a process group is initialised.
+
+        Raises:
+            ValueError: no record at all.
         """
+        records = [aux] if isinstance(aux, MoEAux) else aux
+        if not records:
+            raise ValueError("aux: expected at least one record of a forward with return_aux=True, got none")
         if not self.balance.bias_rate:
             return
-        records = [aux] if isinstance(aux, MoEAux) else aux
         load = torch.stack([record.expert_load for record in records]).sum(0)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
@@ -198,7 +203,9 @@ class MoE(nn.Module):
         load = choice.routing.group_sizes.float()
         loss = None
         if self.balance.loss_weight:
-            shares = load / max(choice.topk_ids.numel(), 1)  # (E,)
-            scores = choice.router_scores / choice.router_scores.sum(-1, keepdim=True)
-            loss = self.balance.loss_weight * load.numel() * (shares * scores.mean(0)).sum()
+            num_tokens, top_k = choice.topk_ids.shape
+            shares = load / max(num_tokens * top_k, 1)  # (E,)
+            scores = choice.router_scores / (choice.router_scores.sum(-1, keepdim=True) + 1e-20)
+            mean_scores = scores.sum(0) / max(num_tokens, 1)  # (E,)
+            loss = self.balance.loss_weight * load.numel() * (shares * mean_scores).sum()
         return MoEAux(load, num_dropped, loss)

@@ -58,9 +58,10 @@ class TopKRouter(nn.Module):
         nn.init.zeros_(self.expert_bias)
 
     def _apply(self, fn, recurse=True):
+        bias = self.expert_bias
         super()._apply(fn, recurse)
-        # In bfloat16 a bias of 0.3 would not feel an update of 0.001.
-        self.expert_bias = at_least_float32(self.expert_bias)
+        if self.expert_bias.dtype.itemsize < 4:  # in bfloat16 a bias of 0.3 would not feel an update of 0.001
+            self.expert_bias = at_least_float32(bias).to(self.expert_bias.device)
         return self
 
     def forward(self, x: Tensor) -> ops.RouterTopK:

@@ -12,9 +12,16 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 
-def option(default: Any, help: str, *, nargs: str | None = None, change_on_resume: bool = False) -> Any:
-    """A dataclass field that also is a command-line option; `change_on_resume`: a resumed run may set it anew."""
-    metadata = {"help": help, "nargs": nargs, "change_on_resume": change_on_resume}
+def option(default: Any, help: str, *, items: type | None = None, change_on_resume: bool = False) -> Any:
+    """A dataclass field that also is a command-line option.
+
+    Args:
+        default: the default; a dictionary is copied.
+        help: what the command line says about it.
+        items: of a list, the type of what may be given one after another: `--classes 3 5`.
+        change_on_resume: a resumed run may set it anew.
+    """
+    metadata = {"help": help, "items": items, "change_on_resume": change_on_resume}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -110,9 +117,11 @@ def config_parser(config_class: type, *, prog: str, description: str) -> "Argume
     parser = ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="YAML file of options; options after it take precedence")
     for spec in dataclasses.fields(config_class):
-        kind: dict[str, Any] = {"action": BooleanOptionalAction} if spec.type is bool else {"type": spec.type}
-        if spec.metadata["nargs"]:
-            kind["nargs"] = spec.metadata["nargs"]
+        kind: dict[str, Any] = {"type": spec.type}
+        if spec.type is bool:
+            kind = {"action": BooleanOptionalAction}
+        elif spec.metadata["items"]:
+            kind = {"type": spec.metadata["items"], "nargs": "+"}
         default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
         parser.add_argument(f"--{flag(spec.name)}", **kind, default=default, help=spec.metadata["help"])
     return parser

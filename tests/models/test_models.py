@@ -235,7 +235,7 @@ def test_bad_configurations(name, overrides, error, message) -> None:
         ({"x": torch.zeros(2, 1, 16, 16)}, ValueError, r"x: expected shape \(B, 1, 8, 8\), got \(2, 1, 16, 16\)"),
         ({"x": torch.zeros(0, 1, 8, 8)}, ValueError, "at least one sample, got an empty batch"),
         ({"x": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, TypeError, "x: expected a floating dtype"),
-        ({"t": torch.zeros(3)}, ValueError, r"t: expected shape \(2\), got \(3,\)"),
+        ({"t": torch.zeros(3)}, ValueError, r"t: expected shape \(2,\), got \(3,\)"),
         ({"labels": torch.zeros(2)}, TypeError, "labels: expected an integer dtype"),
         ({"labels": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, "labels: expected shape"),
     ],

@@ -62,9 +62,8 @@ def test_matches_the_loop(config, with_bias):
     assert_close(out.topk_weights, torch.from_numpy(weights))
     scores = logits.sigmoid() if config.get("score_function") != "softmax" else logits.softmax(1)
     assert_close(out.router_scores, scores)
-    by_row = {
-        (int(t), int(e)): g for t, e, g in zip(out.routing.token_indices, out.routing.row_experts, out.routing.gates)
-    }
+    rows = zip(out.routing.token_indices.tolist(), out.routing.row_experts.tolist(), out.routing.gates, strict=True)
+    by_row = {(token, expert): gate for token, expert, gate in rows}
     for token, (experts, gates) in enumerate(zip(ids, weights, strict=True)):
         for expert, gate in zip(experts, gates, strict=True):
             assert by_row.pop((token, int(expert))).item() == pytest.approx(gate)
@@ -95,8 +94,8 @@ def test_arithmetic_is_float32_under_autocast():
 @pytest.mark.parametrize("config", CONFIGS)
 def test_gradcheck(config):
     # Distinct scores, well apart: no choice flips under gradcheck's steps.
-    logits = torch.stack([torch.linspace(-2, 2, 8, dtype=torch.float64)[torch.randperm(8)] for _ in range(5)])
-    logits += 0.01 * torch.randn(5, 8)
+    logits = torch.stack([torch.linspace(-2, 2, 8, dtype=torch.float64)[torch.randperm(8)] for _ in range(2)])
+    logits += 0.01 * torch.randn(2, 8)
 
     def weights_and_scores(logits):
         out = ops.router_topk(logits, **config)
@@ -143,7 +142,7 @@ def test_any_strides_and_no_tokens():
         ours = value_and_grads(lambda logits: ops.router_topk(logits, 3).topk_weights, logits=logits)
         dense = value_and_grads(lambda logits: ops.router_topk(logits, 3).topk_weights, logits=logits.contiguous())
         for name, expected in dense.items():
-            assert_close(ours[name], expected, tolerance=0, name=name)
+            assert_close(ours[name], expected, name=name)
     empty = ops.router_topk(torch.zeros(0, 8), 3, num_groups=2)
     assert empty.topk_ids.shape == (0, 3) and empty.routing.num_rows == 0
 

@@ -53,7 +53,9 @@ def experts(
         ValueError: shapes, devices, activation or dropout that do not fit.
     """
     check_choice("activation", activation, ACTIVATIONS)
-    for name, tensor in (("x", x), ("up_proj", up_proj), ("down_proj", down_proj)):
+    tensors = {"x": x, "up_proj": up_proj, "down_proj": down_proj}
+    tensors |= {"up_bias": up_bias, "down_bias": down_bias, "residual": residual}
+    for name, tensor in tensors.items():
         check_floating(name, tensor)
     check_shape("x", x, routing.num_tokens, "D")
     hidden_size, num_experts = x.shape[1], routing.num_experts
@@ -65,7 +67,7 @@ def experts(
     check_shape("residual", residual, *x.shape)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-    check_same_device(x=x, routing=routing.gates, up_proj=up_proj, down_proj=down_proj, residual=residual)
+    check_same_device(routing=routing.gates, **tensors)
     dtype = compute_dtype(x)
     up_proj, down_proj = up_proj.to(dtype), down_proj.to(dtype)
     up_bias, down_bias = (bias if bias is None else bias.to(dtype) for bias in (up_bias, down_bias))

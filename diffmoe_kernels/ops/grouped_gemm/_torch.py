@@ -7,29 +7,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DIVIDED = {(2, 3): (0, None), (2, 2): (1, 0), (3, 2): (None, 1), (3, 3): (None, None)}  # by offs, of x and of w
 
 
 def grouped_gemm_torch(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> Tensor:
-    out = F.grouped_mm(x, w, offs=offs)
-    if offs is None or x.dim() == w.dim():
-        return out
-    # grouped_mm leaves what no group reaches uninitialised, in its input gradient too: the mask stops both.
-    dim = 0 if x.dim() == 2 else 1
-    places = torch.arange(out.shape[dim], device=out.device, dtype=torch.int32)
+    dim_x, dim_w = _DIVIDED[x.dim(), w.dim()]
+    # grouped_mm's input gradients are uninitialised where no group reaches: the masks stop them here.
+    x, w = _reached(x, offs, dim_x), _reached(w, offs, dim_w)
+    if (x.dim(), w.dim()) == (2, 3):
+        return multiply_rows(x, w, offs, bias)
+    out = _AlignedGradient.apply(F.grouped_mm(_aligned(x, dim_x), _aligned(w, dim_w), offs=offs), dim_w)
+    return _reached(out, offs, dim_w if x.dim() == 3 else None)
+
+
+def multiply_rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
+    """(R, K), (E, K, N) -> (R, N), 0 past the last group; there the gradient of x is uninitialised."""
+    out = _AlignedGradient.apply(F.grouped_mm(_aligned(x, 0), _aligned(w, None), offs=offs), 0)
     if bias is not None:
-        group = torch.searchsorted(offs, places, right=True).clamp(max=offs.shape[0] - 1)
+        group = torch.searchsorted(offs, _arange(x.shape[0], offs), right=True).clamp(max=offs.shape[0] - 1)
         out = out + bias.index_select(0, group)
-    valid = places < offs[-1]
-    return out.where(valid.unsqueeze(1 - dim), 0)
+    return _reached(out, offs, 0)
 
 
 def why_not(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> str | None:
-    # The sizes that are strides of an operand, of the result or of a gradient: all but the one that offs divides.
-    sizes = {(2, 3): (*x.shape[1:], *w.shape[2:]), (3, 2): x.shape[1:], (2, 2): (x.shape[0], w.shape[1])}
-    for tensor in (x, w):
-        if any(stride != 1 and stride * tensor.element_size() % 16 for stride in tensor.stride()):
-            return f"grouped_mm wants strides of whole 16 bytes, got {tensor.stride()} in {tensor.dtype}"
-    return why_not_sizes(x, min(x.numel(), w.numel()), *sizes.get((x.dim(), w.dim()), (*x.shape[1:], w.shape[2])))
+    sizes = [size for dim, size in enumerate(x.shape[-2:]) if dim != _DIVIDED[x.dim(), w.dim()][0]]
+    sizes += [size for dim, size in enumerate(w.shape[-2:]) if dim != _DIVIDED[x.dim(), w.dim()][1]]
+    return why_not_sizes(x, min(x.numel(), w.numel()), *sizes)
 
 
 def why_not_sizes(x: Tensor, rows: int, *sizes: int) -> str | None:
@@ -44,3 +47,40 @@ def why_not_sizes(x: Tensor, rows: int, *sizes: int) -> str | None:
         if size * x.element_size() % 16:
             return f"grouped_mm wants strides of whole 16 bytes, got a size of {size} in {x.dtype}"
     return None
+
+
+class _AlignedGradient(torch.autograd.Function):
+    """The identity; its gradient comes back laid out as grouped_mm's backward takes it."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, divided: int | None) -> Tensor:
+        ctx.divided = divided
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _aligned(grad, ctx.divided), None
+
+
+def _aligned(matrix: Tensor, divided: int | None) -> Tensor:
+    """The same numbers with one stride of 1 and one of whole 16 bytes; the size of dim ``divided`` may be odd."""
+    rows, columns = matrix.shape[-2:]
+    for long, short, size in ((-2, -1, columns), (-1, -2, rows)):
+        stride = matrix.stride(long)
+        if matrix.stride(short) == 1 and stride >= size and stride * matrix.element_size() % 16 == 0:
+            return matrix
+    if divided == 1:
+        return matrix.mT.clone(memory_format=torch.contiguous_format).mT
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _reached(matrix: Tensor, offs: Tensor | None, dim: int | None) -> Tensor:
+    """The matrix with 0 past the last group on dimension ``dim``, if that is divided."""
+    if dim is None:
+        return matrix
+    reached = _arange(matrix.shape[dim], offs) < offs[-1]
+    return matrix.where(reached.unsqueeze(1) if dim == 0 else reached, 0)
+
+
+def _arange(length: int, like: Tensor) -> Tensor:
+    return torch.arange(length, device=like.device, dtype=torch.int32)

@@ -15,7 +15,7 @@ def permute_reference(x: Tensor, routing: Routing) -> Tensor:
 
 def unpermute_reference(rows: Tensor, routing: Routing) -> Tensor:
     """(R, D) -> (T, D): each token's sum of ``gates[r] * rows[r]``, accumulated in float32."""
-    weighted = at_least_float32(rows) * routing.gates.unsqueeze(1)
-    weighted = weighted.where(routing.row_is_valid.unsqueeze(1), 0)  # past the count rows may hold anything, NaN too
+    rows_read = rows.where(routing.row_is_valid.unsqueeze(1), 0)  # past the count rows may hold anything, NaN too
+    weighted = at_least_float32(rows_read) * routing.gates.unsqueeze(1)
     out = weighted.new_zeros(routing.num_tokens, rows.shape[1])
     return out.index_add(0, routing.token_indices, weighted).to(rows.dtype)

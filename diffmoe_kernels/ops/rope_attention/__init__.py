@@ -77,7 +77,8 @@ def rope_attention(
     if not 0 <= num_prefix_tokens <= num_tokens:
         raise ValueError(f"num_prefix_tokens: expected 0 to {num_tokens}, the tokens, got {num_prefix_tokens}")
     if rope is None:
-        cos = sin = None
+        if cos is not None or sin is not None:
+            raise ValueError("rope: expected the name of a pairing beside cos and sin, got None")
     else:
         check_rope(rope, head_dim)
         for name, table in (("cos", cos), ("sin", sin)):

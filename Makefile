@@ -1,0 +1,34 @@
+# Everything runs in .venv, which `make` builds on first use; PYTHON picks the interpreter that it is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Taken where the virtual environment has no torch yet. The CPU build of torch brings no triton.
+TORCH ?= torch==2.13.0
+DEMO ?= runs/demo
+
+.PHONY: demo test lint bench clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.installed: pyproject.toml setup.py Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed  ## train DSMoE and a dense DiT on the digits, sample, score
+	$(BIN)/python -m models.demo --output $(DEMO)
+
+test: $(VENV)/.installed  ## all tests that this machine can run
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed  ## timings of the layers on this machine
+	$(BIN)/python -m pytest benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,156 @@
+"""The `adaln` ops against a loop over samples and tokens."""
+
+import pytest
+import torch
+
+from diffmoe_kernels import ops
+from diffmoe_kernels.testing import assert_close, check_accuracy, poisoned_allocations, value_and_grads
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def adaln_loop(x, shift, scale, weight=None, norm="layernorm", eps=1e-6):
+    """norm(x) * weight * (1 + scale) + shift, token by token."""
+    return torch.stack(
+        [
+            torch.stack([modulate(token, shift[b], scale[b], weight, norm, eps) for token in sample])
+            for b, sample in enumerate(x)
+        ]
+    )
+
+
+def modulate(token, shift, scale, weight, norm, eps):
+    centred = token - token.sum() / len(token) if norm == "layernorm" else token
+    normed = centred / ((centred**2).sum() / len(token) + eps).sqrt()
+    normed = normed if weight is None else normed * weight
+    return normed * (1 + scale) + shift
+
+
+def residual_loop(x, y, gate):
+    return torch.stack([torch.stack([x[b, n] + gate[b] * y[b, n] for n in range(x.shape[1])]) for b in range(len(x))])
+
+
+def make(batch, tokens, hidden, *names):
+    per_token = {name: torch.randn(batch, tokens, hidden) for name in names if name in ("x", "y")}
+    per_sample = {name: torch.randn(batch, hidden) for name in names if name in ("shift", "scale", "gate")}
+    return per_token | per_sample | ({"weight": torch.randn(hidden)} if "weight" in names else {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("sizes", [(2, 5, 6), (1, 1, 8), (3, 1, 64), (2, 7, 72)])
+def test_adaln(sizes, norm, dtype):
+    for names in (("x", "shift", "scale"), ("x", "shift", "scale", "weight")):
+        inputs = make(*sizes, *names)
+        with poisoned_allocations():
+            check_accuracy(
+                lambda **kw: ops.adaln(**kw, norm=norm), lambda **kw: adaln_loop(**kw, norm=norm), dtype, inputs
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(2, 5, 6), (1, 1, 1), (3, 2, 64)])
+def test_gated_residual(sizes, dtype):
+    with poisoned_allocations():
+        check_accuracy(ops.gated_residual, residual_loop, dtype, make(*sizes, "x", "y", "gate"))
+
+
+def test_the_fused_form_is_both_in_a_row():
+    inputs = make(2, 5, 6, "x", "y", "gate", "shift", "scale", "weight")
+    x, normed = ops.gated_residual_adaln(**inputs, norm="rmsnorm", eps=1e-3)
+    assert_close(x, residual_loop(inputs["x"], inputs["y"], inputs["gate"]))
+    assert_close(normed, adaln_loop(x, inputs["shift"], inputs["scale"], inputs["weight"], "rmsnorm", 1e-3))
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_gradcheck(norm):
+    leaves = [t.double().requires_grad_() for t in make(2, 3, 4, "x", "y", "gate", "shift", "scale", "weight").values()]
+
+    def function(x, y, gate, shift, scale, weight):
+        return ops.gated_residual_adaln(x, y, gate, shift, scale, weight=weight, norm=norm)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_eps_keeps_zeros_finite(norm):
+    x = torch.zeros(1, 2, 4, requires_grad=True)
+    out = ops.adaln(x, torch.ones(1, 4), torch.zeros(1, 4), norm=norm)
+    out.sum().backward()
+    assert torch.equal(out, torch.ones(1, 2, 4)) and x.grad.isfinite().all()
+    assert_close(
+        ops.adaln(torch.ones(1, 1, 4), torch.zeros(1, 4), torch.zeros(1, 4), norm="rmsnorm", eps=3.0),
+        torch.full((1, 1, 4), 0.5),
+    )
+
+
+def test_modulation_may_be_wider_than_x():
+    """float32 modulation of bfloat16 tokens is rounded once, at the end."""
+    inputs = make(2, 5, 64, "x", "shift", "scale")
+    x = inputs["x"].bfloat16()
+    out = ops.adaln(x, inputs["shift"], inputs["scale"])
+    exact = adaln_loop(x.double(), inputs["shift"].double(), inputs["scale"].double())
+    assert out.dtype == torch.bfloat16
+    assert_close(out, exact, dtype=torch.bfloat16, tolerance=2.5e-3)
+    y, gate = torch.randn(2, 5, 64), torch.randn(2, 64)
+    out = ops.gated_residual(x, y, gate)
+    assert out.dtype == torch.bfloat16
+    assert_close(out, residual_loop(x.double(), y.double(), gate.double()), dtype=torch.bfloat16, tolerance=2.5e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.adaln(**inputs).dtype == torch.float32  # the residual stream keeps its dtype
+        assert torch.equal(ops.adaln(**inputs), ops.adaln(**{n: t.clone() for n, t in inputs.items()}))
+
+
+def test_any_strides_and_no_samples():
+    inputs = make(3, 5, 6, "x", "shift", "scale")
+    expected = value_and_grads(ops.adaln, **inputs)
+    for name, tensor in inputs.items():
+        moved = tensor.movedim(0, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 0)
+        for key, value in value_and_grads(ops.adaln, **{**inputs, name: moved}).items():
+            assert_close(value, expected[key], name=f"{key}, {name} moved")
+    expanded = {name: tensor[:1].expand_as(tensor) for name, tensor in inputs.items()}
+    leaves = [tensor.detach().requires_grad_() for tensor in expanded.values()]
+    dense = [tensor.detach().contiguous().requires_grad_() for tensor in expanded.values()]
+    for leaf, other in zip(
+        torch.autograd.grad(ops.adaln(*leaves).sum(), leaves),
+        torch.autograd.grad(adaln_loop(*dense).sum(), dense),
+        strict=True,
+    ):
+        assert_close(leaf, other, tolerance=1e-4)  # sums to 0 in exact arithmetic
+    assert ops.adaln(*make(0, 5, 6, "x", "shift", "scale").values()).shape == (0, 5, 6)
+    assert ops.gated_residual(*make(2, 0, 6, "x", "y", "gate").values()).shape == (2, 0, 6)
+
+
+X, V = torch.zeros(2, 5, 4), torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize(
+    "error, message, call",
+    [
+        (TypeError, "x: expected a floating dtype, got torch.int64", lambda: ops.adaln(X.long(), V, V)),
+        (ValueError, r"x: expected shape \(B, N, D\), got \(2, 4\)", lambda: ops.adaln(V, V, V)),
+        (ValueError, r"shift: expected shape \(2, 4\), got \(1, 4\)", lambda: ops.adaln(X, V[:1], V)),
+        (ValueError, r"scale: expected shape \(2, 4\), got \(2, 1\)", lambda: ops.adaln(X, V, V[:, :1])),
+        (ValueError, r"weight: expected shape \(4,\), got \(2, 4\)", lambda: ops.adaln(X, V, V, weight=V)),
+        (
+            ValueError,
+            "norm: expected one of 'layernorm', 'rmsnorm', got 'batchnorm'",
+            lambda: ops.adaln(X, V, V, norm="batchnorm"),
+        ),
+        (ValueError, "different devices: x on cpu, shift on meta", lambda: ops.adaln(X, V.to("meta"), V)),
+        (ValueError, "different devices: x on cpu, weight on meta", lambda: ops.adaln(X, V, V, weight=V[0].to("meta"))),
+        (NotImplementedError, "adaln: there is no 'torch' backend", lambda: ops.adaln(X, V, V, backend="torch")),
+        (TypeError, "x: expected a floating dtype", lambda: ops.gated_residual(X.long(), X, V)),
+        (ValueError, r"y: expected shape \(2, 5, 4\), got \(2, 1, 4\)", lambda: ops.gated_residual(X, X[:, :1], V)),
+        (ValueError, r"gate: expected shape \(2, 4\), got \(4,\)", lambda: ops.gated_residual(X, X, V[0])),
+        (ValueError, "different devices: x on cpu, y on meta", lambda: ops.gated_residual(X, X.to("meta"), V)),
+        (
+            NotImplementedError,
+            "gated_residual: there is no 'triton'",
+            lambda: ops.gated_residual(X, X, V, backend="triton"),
+        ),
+    ],
+)
+def test_rejects_bad_input(error, message, call):
+    with pytest.raises(error, match=message):
+        call()

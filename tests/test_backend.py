@@ -1,0 +1,48 @@
+"""The choice of an implementation."""
+
+import pytest
+import torch
+
+from diffmoe_kernels import available_backends
+from diffmoe_kernels.backend import BACKENDS, Implementation, check_backend, run
+
+X = torch.zeros(())
+FAST = Implementation(lambda x, ready: "fast", lambda x, ready: None if ready else "it is not ready")
+IMPLEMENTATIONS = {"triton": FAST, "reference": Implementation(lambda x, ready: "reference")}
+
+
+def test_auto_takes_the_first_that_can_run():
+    assert run("op", "auto", IMPLEMENTATIONS, X, ready=True) == "fast"
+    assert run("op", "auto", IMPLEMENTATIONS, X, ready=False) == "reference"
+
+
+def test_an_explicit_choice_is_kept_or_raises():
+    assert run("op", "triton", IMPLEMENTATIONS, X, ready=True) == "fast"
+    assert run("op", "reference", IMPLEMENTATIONS, X, ready=True) == "reference"
+    with pytest.raises(NotImplementedError, match="op: backend 'triton' can't run here: it is not ready"):
+        run("op", "triton", IMPLEMENTATIONS, X, ready=False)
+    with pytest.raises(NotImplementedError, match="op: there is no 'cuda' backend; this op has 'triton', 'reference'"):
+        run("op", "cuda", IMPLEMENTATIONS, X, ready=True)
+
+
+def test_unknown_names_list_the_known():
+    assert all(check_backend(name) == name for name in BACKENDS)
+    for name in ("cudnn", None):
+        with pytest.raises(ValueError, match=f"backend: expected one of 'auto', .* 'cuda', got {name!r}"):
+            check_backend(name)
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        run("op", "fast", IMPLEMENTATIONS, X, ready=True)
+
+
+def test_implementations_run_without_autocast():
+    seen = {"reference": Implementation(lambda x: torch.is_autocast_enabled("cpu"))}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run("op", "auto", seen, X) is False
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_available_backends_tells_each_or_why_not():
+    told = available_backends()
+    assert set(told) == set(BACKENDS) - {"auto"}
+    assert told["reference"] == told["torch"] == "available"
+    assert all(text == "available" or text.startswith("not available: ") for text in told.values())

@@ -1,0 +1,69 @@
+"""The same maths on a GPU as on the CPU, and no host sync in a layer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from diffmoe_kernels import MoE, RoPEAttention
+from diffmoe_kernels.testing import assert_close
+from models import create_model
+from models.objectives import RectifiedFlow
+from tests.models.helpers import random_inputs, randomize
+
+pytestmark = pytest.mark.gpu
+
+LAYERS = {
+    "experts": lambda backend: MoE(64, 48, 8, 2, shared_intermediate_size=48, backend=backend),
+    "capacity": lambda backend: MoE(64, 48, 8, 2, capacity_factor=1.0, backend=backend),
+    "2d": lambda backend: RoPEAttention(64, 4, rope="2d", grid_size=4, qk_norm="rmsnorm", backend=backend),
+    "grouped-query": lambda backend: RoPEAttention(64, 4, num_kv_heads=2, rope="1d", backend=backend),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_layers_agree_with_the_cpu(layer, backend) -> None:
+    on_cpu = layer("reference").double()
+    on_gpu = copy.deepcopy(on_cpu).float().cuda()
+    for module in on_gpu.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend
+    x = torch.randn(3, 16, 64, dtype=torch.float64, requires_grad=True)
+    x_gpu = x.detach().float().cuda().requires_grad_()
+    y, y_gpu = on_cpu(x), on_gpu(x_gpu)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    y_gpu.backward(grad.float().cuda())
+    assert_close(y_gpu.cpu(), y.float(), tolerance=1e-5)
+    assert_close(x_gpu.grad.cpu(), x.grad.float(), tolerance=1e-5)
+    for (name, ours), theirs in zip(on_gpu.named_parameters(), on_cpu.parameters(), strict=True):
+        assert_close(ours.grad.cpu(), theirs.grad.float(), tolerance=1e-5, name=name)
+
+
+def test_moe_waits_for_nothing() -> None:
+    """A layer that stops the host could not be captured in a CUDA graph."""
+    layer = MoE(64, 48, 8, 2, shared_intermediate_size=48, capacity_factor=1.0, balance="bias").cuda().bfloat16()
+    x = torch.randn(4, 16, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()  # the first call may allocate and plan
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, aux = layer(x, return_aux=True)
+        y.sum().backward()
+        layer.update_routing_state(aux)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["DiT-digits", "DSMoE-digits"])
+def test_a_training_step_in_bfloat16(name) -> None:
+    model = randomize(create_model(name)).cuda()
+    x, t, labels = (tensor.cuda() for tensor in random_inputs(model, batch=16))
+    with torch.autocast("cuda", torch.bfloat16):
+        result = RectifiedFlow().loss(model, x, labels, t=t)
+    result.loss.backward()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), key
