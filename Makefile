@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile
 	touch $@
 
 demo: $(VENV)/.installed  ## train DSMoE and a dense DiT on the digits, sample, score
-	$(BIN)/python -m models.demo --output $(DEMO)
+	$(BIN)/python -m models.demo --output $(DEMO) --overwrite
 
 test: $(VENV)/.installed  ## all tests that this machine can run
 	$(BIN)/python -m pytest
@@ -29,6 +29,6 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed  ## timings of the layers on this machine
 	$(BIN)/python -m pytest benchmarks
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks runs
+clean:  ## all but the runs of your own
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

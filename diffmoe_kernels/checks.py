@@ -11,14 +11,18 @@ _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def check_integer(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless ``tensor`` holds integers (bool does not count)."""
+    """Raises TypeError unless ``tensor`` is a tensor of integers (bool does not count)."""
+    _check_tensor(name, tensor)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
 
 
 def check_floating(name: str, tensor: Tensor | None) -> None:
-    """Raises TypeError unless ``tensor`` holds floating-point numbers."""
-    if tensor is not None and not tensor.dtype.is_floating_point:
+    """Raises TypeError unless ``tensor`` is None or a tensor of floating-point numbers."""
+    if tensor is None:
+        return
+    _check_tensor(name, tensor)
+    if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
 
 
@@ -26,12 +30,18 @@ def check_shape(name: str, tensor: Tensor | None, *shape: int | str) -> None:
     """Raises ValueError unless ``tensor`` has ``shape``; a string is a free size, named for the message."""
     if tensor is None:
         return
+    _check_tensor(name, tensor)
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
         expected = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

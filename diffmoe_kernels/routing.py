@@ -127,8 +127,8 @@ class Routing:
             token_indices: (E, C) integer, the tokens of each expert; the chosen ones come first and ascend.
             gates: (E, C) floating, the weight of each choice; the gradient of ``Routing.gates`` flows back to it.
             num_tokens: T.
-            expert_counts: (E,) integer, how many of the C places of each expert are chosen; all where None.
-                Stays on the device.
+            expert_counts: (E,) integer, how many of the C places of each expert are chosen, at most C; all where
+                None. Stays on the device, unchecked.
 
         Returns:
             A record of R = E * C rows.
@@ -169,6 +169,12 @@ class Routing:
             token_offsets=_exclusive_offsets(_count(by_token, num_tokens + 1)[:num_tokens]),
             token_rows=token_rows.where(valid, 0).int(),
         )
+
+
+def check_routing(routing: Routing) -> None:
+    """Raises TypeError unless ``routing`` is a `Routing`."""
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}; see Routing.from_topk")
 
 
 def _arange(length: int, like: Tensor) -> Tensor:

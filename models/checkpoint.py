@@ -68,8 +68,8 @@ def load_official(
     if isinstance(source, str | os.PathLike):
         source = read_checkpoint(source)
     official = _strip_prefixes(_pick_weights(source, weights))
-    layout = dict(_layout(model))
-    ours = model.state_dict()
+    inner = _without_compile(model)
+    layout, ours = dict(_layout(inner)), inner.state_dict()
     _check_keys(official, layout, ours)
     loaded: dict[str, Tensor] = {}
     for official_key, piece in layout.items():
@@ -86,8 +86,8 @@ def load_official(
             )
         loaded[piece.key][piece.index] = tensor.to(kind)
     for key, tensor in loaded.items():
-        _assign(model, key, tensor)
-    for module in model.modules():
+        _assign(inner, key, tensor)
+    for module in inner.modules():
         if hasattr(module, "reset_tables"):  # not in the file, and left behind on the meta device otherwise
             module.reset_tables()
     return model
@@ -100,6 +100,7 @@ def official_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model: as for `load_official`. It is read as it stands, so that a model whose parameters were replaced by their
             gradients gives the gradients by official names.
     """
+    model = _without_compile(model)
     ours = model.state_dict()
     return {key: ours[piece.key][piece.index].detach().clone() for key, piece in _layout(model)}
 
@@ -124,13 +125,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: can't be loaded safely; it is damaged, or holds objects other than tensors, plain values and "
-            f"argparse.Namespace, which would need code to run: {error}"
+            "argparse.Namespace, which would need code to run"
         ) from error
     except Exception as error:  # safetensors, zip and pickle errors have no common class
         raise ValueError(f"{path}: not a whole checkpoint file, truncated or of another format: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a state dict or a checkpoint, got {type(content).__name__}")
     return content
+
+
+def _without_compile(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)  # what torch.compile wraps
 
 
 def _pick_weights(source: Mapping[str, Any], weights: str | None) -> Mapping[str, Tensor]:

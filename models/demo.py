@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from models import count_parameters
-from models.data import DataSplits, collect, load_dataset, save_grid, save_npz, to_uint8
-from models.metrics import Scores, score_samples, train_classifier
+from models.data import collect, from_uint8, load_dataset, save_grid, save_npz, to_uint8
+from models.metrics import DigitsClassifier, Scores, score_samples, train_classifier
 from models.sample import balanced_labels, sample_images
 from models.training.config import TrainConfig, build_config, config_parser, option, require
 from models.training.loading import load_model
@@ -23,6 +23,10 @@ from models.training.logs import read_metrics, save_loss_curves
 from models.training.trainer import Trainer, TrainResult
 
 MODELS = ("DSMoE-digits", "DiT-digits")
+NOTES = """digits-FD: distance of 500 samples to 500 held-out images, lower is better; floor: of 500 training images.
+Nearer to training images: share of samples nearer to one than the median held-out image is; 50% is fresh.
+grid.png: of each class the most typical of 50 samples; samples as they come are in each run's samples folder."""
+ENLARGE = 8  # of the grid's images
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class DemoConfig:
     """
 
     output: str = option("runs/demo", "directory for the runs, the pictures and the table")
-    minutes: float = option(2.75, "time to train DSMoE for; dense DiT, which is faster, takes as many steps")
+    minutes: float = option(3.0, "time to train DSMoE for; dense DiT, which is faster, takes as many steps")
     steps: int | None = option(None, "train both models for this many steps instead")
     sample_steps: int = option(50, "Euler steps of the samples")
     cfg_scale: float = option(1.5, "guidance of the samples, 1 for none")
@@ -107,8 +111,25 @@ def run_demo(config: DemoConfig) -> list[Row] | None:
                 scores=score_samples(samples[name], data, labels=labels, classifier=classifier),
             )
         )
-    _write(output, config, data, samples, rows)
+    real, real_labels = collect(data.holdout)
+    rows_of_grid = {"real": most_typical(to_uint8(real), real_labels, classifier)}
+    rows_of_grid |= {name: most_typical(samples[name], labels, classifier) for name in MODELS}
+    _write(output, config, rows, rows_of_grid)
     return rows
+
+
+def most_typical(images: Tensor, labels: Tensor, classifier: DigitsClassifier) -> Tensor:
+    """Of each class the image whose features lie nearest to the mean of its class: uint8 (N, H, W, C) -> (K, H, W, C).
+
+    A picture of one image per class should show what the others look like, neither the best nor a stray one.
+    """
+    features = classifier.features(from_uint8(images, channels=1))
+    chosen = []
+    for label in labels.unique():
+        (members,) = torch.where(labels == label)
+        distances = (features[members] - features[members].mean(0)).norm(dim=1)
+        chosen.append(members[distances.argmin()])
+    return images[torch.stack(chosen)]
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -162,25 +183,24 @@ def _sample(name: str, config: DemoConfig, labels: Tensor) -> Tensor:
     return images
 
 
-def _write(output: Path, config: DemoConfig, data: DataSplits, samples: dict[str, Tensor], rows: list[Row]) -> None:
-    classes = range(data.num_classes)
-    held_out, held_out_labels = collect(data.holdout)
-    real = to_uint8(torch.stack([held_out[held_out_labels == label][0] for label in classes]))
-    # Samples run through the classes, so the first ten are one of each, as they came.
-    grid = {"real": real, **{name: images[: len(classes)] for name, images in samples.items()}}
+def _write(output: Path, config: DemoConfig, rows: list[Row], rows_of_grid: dict[str, Tensor]) -> None:
+    images = from_uint8(torch.cat(list(rows_of_grid.values())))
+    columns = len(images) // len(rows_of_grid)
+    # Eight pixels a side are hard to read as squares; smooth enlargement adds nothing to them.
+    enlarged = torch.nn.functional.interpolate(images, scale_factor=ENLARGE, mode="bicubic")
     save_grid(
         output / "grid.png",
-        torch.cat(list(grid.values())),
-        len(classes),
-        row_labels=list(grid),
-        column_labels=[str(label) for label in classes],
+        to_uint8(enlarged),
+        columns,
+        row_labels=list(rows_of_grid),
+        column_labels=[str(label) for label in range(columns)],
     )
     save_loss_curves(output / "loss.png", {name: read_metrics(output / name) for name in MODELS})
     origin = (
         f"`python -m models.demo`, {rows[0].steps} steps each, {platform.machine()} CPU with {torch.get_num_threads()} "
         f"threads, Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}"
     )
-    (output / "demo.md").write_text(f"{format_table(rows)}\n\n{origin}\n")
+    (output / "demo.md").write_text(f"{format_table(rows)}\n\n{origin}\n\n{NOTES}\n")
     record = {
         "origin": origin,
         "config": dataclasses.asdict(config),
@@ -204,8 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; start again with --overwrite", file=sys.stderr)
         return 130
     print(f"\n{format_table(rows)}\n")
-    print("digits-FD: distance of 500 samples to 500 held-out images; floor: of 500 training images to them.")
-    print("Nearer to training images: samples nearer to one than the median held-out image is; 50% is fresh.")
+    print(f"{NOTES}\n")
     print(
         f"Pictures: {output / 'grid.png'}, {output / 'loss.png'}; table: {output / 'demo.md'}, {output / 'demo.json'}"
     )

@@ -27,7 +27,7 @@ from models.layers import (
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """What a dense DiT is made of; the fields are the official constructor's arguments.
+    """What a dense DiT is made of. The names are the official constructor's, where that has the field.
 
     Attributes:
         input_size: side of the square input, in pixels or latent cells.
@@ -60,6 +60,9 @@ class DiTConfig:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"input_size: expected a multiple of patch_size = {self.patch_size}, got {self.input_size}"

@@ -52,6 +52,8 @@ class DSMoEConfig(DiTConfig):
         super().__post_init__()
         check_choice("rope", self.rope, ("1d", "2d", None))
         check_choice("norm", self.norm, NORMS)
+        if self.num_dense_blocks < 0:
+            raise ValueError(f"num_dense_blocks: expected 0 or more, got {self.num_dense_blocks}")
         if self.swiglu:
             raise ValueError("swiglu: expected False, a DSMoE's dense blocks have a SiLU MLP, got True")
 
@@ -76,7 +78,7 @@ class DSMoEBlock(nn.Module):
             head_dim=config.head_dim,
             num_kv_heads=config.num_kv_heads,
             rope=config.rope,
-            grid_size=config.grid_size if config.rope == "2d" else config.grid_size**2,
+            grid_size=(config.grid_size, config.grid_size),
             backend=config.backend,
         )
         self.use_moe = use_moe

@@ -48,7 +48,8 @@ class TimestepEmbedder(nn.Module):
 
     def reset_tables(self) -> None:
         """Computes the frequencies anew, on the CPU whose rounding the official code has, for the weights' device."""
-        self.frequencies = timestep_frequencies(self.num_frequencies).to(self.mlp[0].weight.device)
+        with torch.inference_mode(False):  # training may follow
+            self.frequencies = timestep_frequencies(self.num_frequencies).to(self.mlp[0].weight.device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -89,7 +90,7 @@ class LabelEmbedder(nn.Module):
         if self.training and self.null_label is not None:
             dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
             labels = labels.where(~dropped, self.null_label)
-        return self.embedding_table(labels)
+        return self.embedding_table(labels.long())
 
 
 class Mlp(nn.Module):

@@ -1,20 +1,28 @@
-"""``python -m models.list``: every model with its total and activated parameters."""
+"""``python -m models.list``: every model with its sizes, as a Markdown table; nothing is allocated."""
 
 from __future__ import annotations
 
 import torch
 
-from models import CONFIGS, count_parameters, create_model
+from models import CONFIGS, DSMoEConfig, count_parameters, create_model
+
+HEADING = ("model", "total (M)", "activated (M)", "depth", "width", "heads", "experts", "expert width", "top-k")
 
 
-def main() -> None:
-    print(f"{'model':<16}{'total (M)':>12}{'activated (M)':>16}{'depth':>8}{'width':>8}{'heads':>8}")
+def model_table() -> str:
+    """Parameters in millions, frozen position tables included; activated is what one token uses."""
+    lines = [HEADING, tuple("---" for _ in HEADING)]
     for name, config in CONFIGS.items():
         with torch.device("meta"):
             total, activated = count_parameters(create_model(name))
-        sizes = f"{config.depth:>8}{config.hidden_size:>8}{config.num_heads:>8}"
-        print(f"{name:<16}{total / 1e6:>12.2f}{activated / 1e6:>16.2f}{sizes}")
+        sizes = [config.depth, config.hidden_size, config.num_heads]
+        if isinstance(config, DSMoEConfig):
+            sizes += [config.num_experts, config.moe_intermediate_size, config.top_k]
+        lines.append((name, f"{total / 1e6:.2f}", f"{activated / 1e6:.2f}", *map(str, sizes)))
+    widths = [max(len(line[column]) for line in lines if column < len(line)) for column in range(len(HEADING))]
+    padded = [[*line, *[""] * (len(HEADING) - len(line))] for line in lines]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in padded)
 
 
 if __name__ == "__main__":
-    main()
+    print(model_table())

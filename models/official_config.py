@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from models import DiTConfig, DSMoEConfig, model_class
@@ -18,6 +18,7 @@ _REFUSED = {
 # Read by the official constructors and without any effect there, or only on the initial weights and the loss.
 _IGNORED = {"sliding_window", "kda_kwargs", "init_MoeMLP", "use_capacity_schedule", "CapacityPred_loss_weight"}
 _IGNORED_MOE = {"hidden_size", "capacity", "capacity_schedule", "skip_last2", "use_type", "group_bins", "local_top_p"}
+_TO_COME = ("models.models_DiffMoE.DiT", "models.models_TCDiT.DiT", "models.models_ECDiT.DiT", "model_jit.JiT")
 _MOE_FIELDS = {
     "num_experts": "num_experts",
     "num_experts_per_tok": "top_k",
@@ -45,9 +46,10 @@ def build_official(target: str, params: Mapping[str, Any]) -> DiT:
         ValueError: an unknown target or parameter (the nearest is named), a required one that is missing, one that is
             refused, or values that do not fit each other.
     """
+    if target in _TO_COME:
+        raise ValueError(f"target: {target} is not in this version, which has {', '.join(_TARGETS)}")
     if target not in _TARGETS:
-        near = difflib.get_close_matches(target, _TARGETS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"target: expected one of {', '.join(_TARGETS)}, got {target!r}; did you mean {near!r}?")
+        raise ValueError(f"target: expected one of {', '.join(_TARGETS)}, got {target!r}{_hint(target, _TARGETS)}")
     config = _TARGETS[target](dict(params))
     return model_class(config)(config)
 
@@ -75,6 +77,8 @@ def _dsmoe_config(params: dict[str, Any]) -> DSMoEConfig:
     fields |= {ours: moe.pop(official) for official, ours in _MOE_FIELDS.items()}
     # A flag that means two blocks, or a number of blocks.
     dense = moe.pop("skip_first2", False)
+    if not isinstance(dense, int):
+        raise ValueError(f"MoE_config.skip_first2: expected a flag or a number of blocks, got {dense!r}")
     shared = moe.pop("use_shared_expert", True)
     if moe.pop("init_MoeMLP", False):
         raise ValueError("MoE_config.init_MoeMLP: expected False, the official DSMoE can't be built with True")
@@ -110,8 +114,12 @@ def _refuse(params: dict[str, Any]) -> None:
 
 def _check_known(prefix: str, names: set[str], known: list[str]) -> None:
     for name in sorted(names - set(known)):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{prefix}{name}: unknown parameter; did you mean {near!r}?")
+        raise ValueError(f"{prefix}{name}: unknown parameter{_hint(name, known)}")
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 _TARGETS: dict[str, Callable[[dict[str, Any]], DiTConfig]] = {

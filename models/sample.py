@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = build_config(SampleConfig, parser.parse_args(arguments))
         grid, archive = sample_to_files(config)
-    except (TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{config.num_samples} samples: {grid}, {archive}")

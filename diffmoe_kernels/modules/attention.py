@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
 from diffmoe_kernels.checks import check_choice, check_shape
+from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.ops.rope_attention import QK_NORMS, check_rope
 
 
@@ -53,8 +55,9 @@ class RoPEAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+        for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("head_dim", head_dim)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
         if head_dim is None:
             if hidden_size % num_heads:
                 raise ValueError(f"num_heads: expected a divisor of hidden_size = {hidden_size}, got {num_heads}")
@@ -72,24 +75,27 @@ class RoPEAttention(nn.Module):
         self.head_dim = head_dim
         self.qk_norm = qk_norm
         self.rope = rope
-        if isinstance(grid_size, int):
-            grid_size = (1, grid_size) if rope == "1d" else (grid_size, grid_size)
+        if num_prefix_tokens < 0:
+            raise ValueError(f"num_prefix_tokens: expected 0 or more, got {num_prefix_tokens}")
+        if grid_size is not None and not isinstance(grid_size, tuple | list):
+            side = operator.index(grid_size)
+            grid_size = (1, side) if rope == "1d" else (side, side)
         self.grid_size = grid_size
         self.num_prefix_tokens = num_prefix_tokens
         self.backend = check_backend(backend)
 
         factory = {"device": device, "dtype": dtype}
         if num_kv_heads == num_heads:
-            self.qkv = nn.Linear(hidden_size, 3 * num_heads * head_dim, bias=qkv_bias, **factory)
+            self.qkv = Linear(hidden_size, 3 * num_heads * head_dim, bias=qkv_bias, **factory)
         else:
-            self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias, **factory)
-            self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias, **factory)
-            self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias, **factory)
+            self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=qkv_bias, **factory)
+            self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias, **factory)
+            self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias, **factory)
         norms = {"layernorm": lambda: nn.LayerNorm(head_dim, eps=1e-5, **factory)}
         norms["rmsnorm"] = lambda: nn.RMSNorm(head_dim, eps=1e-6, **factory)
         self.q_norm = norms[qk_norm]() if qk_norm else None
         self.k_norm = norms[qk_norm]() if qk_norm else None
-        self.proj = nn.Linear(num_heads * head_dim, hidden_size, **factory)
+        self.proj = Linear(num_heads * head_dim, hidden_size, **factory)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self.reset_tables()
@@ -148,7 +154,9 @@ class RoPEAttention(nn.Module):
 
     def reset_tables(self) -> None:
         """Computes the rotary tables anew, on the device of the parameters."""
-        if self.rope is not None and self.grid_size is not None:
+        if self.rope is None or self.grid_size is None:
+            return
+        with torch.inference_mode(False):  # training may follow
             self.cos, self.sin = ops.rope_table(
                 self.rope, self.head_dim, self.grid_size, device=self.proj.weight.device
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
 from diffmoe_kernels.checks import check_choice
+from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.ops.experts import ACTIVATIONS
 from diffmoe_kernels.ops.experts.reference import activate
 from diffmoe_kernels.routing import Routing
@@ -40,10 +41,10 @@ class FeedForward(nn.Module):
         self.dropout = dropout
         factory = {"bias": bias, "device": device, "dtype": dtype}
         if activation == "swiglu":
-            self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, **factory)
+            self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, **factory)
         else:
-            self.up_proj = nn.Linear(hidden_size, intermediate_size, **factory)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, **factory)
+            self.up_proj = Linear(hidden_size, intermediate_size, **factory)
+        self.down_proj = Linear(intermediate_size, hidden_size, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend
+from diffmoe_kernels.checks import at_least_float32
 from diffmoe_kernels.modules.feed_forward import Experts, FeedForward
 from diffmoe_kernels.modules.router import TopKRouter
 from diffmoe_kernels.routing import Routing
@@ -77,7 +78,7 @@ class MoE(nn.Module):
             those of the lowest weight, in training and in evaluation; None keeps all.
         balance: None, "bias" (rate 0.001), "loss" (weight 0.01) or a `Balance`.
         dropout: on the activation, in training.
-        backend: see `diffmoe_kernels.backend`.
+        backend: of the experts; see `diffmoe_kernels.backend`.
         masked_group_fill: score of the experts of groups that were not chosen; see `ops.router_topk`.
 
     Raises:
@@ -111,10 +112,14 @@ class MoE(nn.Module):
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
+        if shared_intermediate_size < 0:
+            raise ValueError(f"shared_intermediate_size: expected 0 or more, got {shared_intermediate_size}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         if capacity_factor is not None and not capacity_factor > 0:
             raise ValueError(f"capacity_factor: expected None or a number above 0, got {capacity_factor}")
         if not isinstance(balance, Balance):
-            if balance not in _BALANCE:
+            if balance is not None and not isinstance(balance, str) or balance not in _BALANCE:
                 raise ValueError(f"balance: expected None, 'bias', 'loss' or a Balance, got {balance!r}")
             balance = _BALANCE[balance]
         self.hidden_size = hidden_size
@@ -156,7 +161,7 @@ class MoE(nn.Module):
             ValueError: a last dimension other than D, or a residual of another shape.
         """
         if x.dim() < 2 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x: expected shape (..., {self.hidden_size}), got {tuple(x.shape)}")
+            raise ValueError(f"x: expected shape (..., T, {self.hidden_size}), got {tuple(x.shape)}")
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"residual: expected shape {tuple(x.shape)}, got {tuple(residual.shape)}")
         tokens = x.reshape(-1, self.hidden_size)  # (T, D)
@@ -188,7 +193,9 @@ class MoE(nn.Module):
         load = torch.stack([record.expert_load for record in records]).sum(0)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
-        self.router.expert_bias += self.balance.bias_rate * (load.mean() - load).sign()
+        # A checkpoint in half precision leaves a bias that would not feel the step.
+        bias = at_least_float32(self.router.expert_bias)
+        self.router.expert_bias = bias + self.balance.bias_rate * (load.mean() - load).sign()
 
     def _bound(self, choice: ops.RouterTopK) -> tuple[Routing, Tensor]:
         """The routing within the experts' capacity, and how many choices that dropped."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffmoe_kernels.checks import at_least_float32
 from models.data import check_labels
 
 Method = Literal["euler", "heun"]
@@ -63,9 +64,11 @@ class RectifiedFlow:
         elif noise.shape != x.shape:
             raise ValueError(f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")
 
-        weight = t.to(x.dtype).view(-1, 1, 1, 1)
-        prediction, aux = model(weight * x + (1 - weight) * noise, t, labels, return_aux=True)
-        error = prediction[:, : x.shape[1]].float() - (x - noise).float()
+        # In bfloat16 a time of 0.9993 would be 1 and the noise gone.
+        data, noise, weight = at_least_float32(x), at_least_float32(noise), at_least_float32(t).view(-1, 1, 1, 1)
+        z = (weight * data + (1 - weight) * noise).to(x.dtype)
+        prediction, aux = model(z, t, labels, return_aux=True)
+        error = at_least_float32(prediction[:, : x.shape[1]]) - (data - noise)
         mse = error.square().flatten(1).mean(1)
         aux_loss = getattr(aux, "loss", None)
         loss = mse.mean() if aux_loss is None else mse.mean() + aux_loss.float()
@@ -176,6 +179,8 @@ def _check_sampler(model: nn.Module, steps: int, method: str) -> None:
 
 def _check_sampling_labels(name: str, labels: Tensor, noise: Tensor, model: nn.Module) -> None:
     """Labels of samples are the classes and, where the model has one, the null label."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}; use torch.tensor(...)")
     _check_length(name, labels, noise)
     if model.null_label is not None:
         labels = labels[labels != model.null_label]

@@ -57,7 +57,7 @@ class TrainConfig:
     compile: bool = option(False, "compile the model with torch.compile", change_on_resume=True)
     workers: int = option(0, "processes that load data", change_on_resume=True)
 
-    log_every: int = option(20, "steps between records of the loss", change_on_resume=True)
+    log_every: int = option(20, "steps between records of the mean loss", change_on_resume=True)
     checkpoint_every: int = option(1000, "steps between checkpoints; one more at the end", change_on_resume=True)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints are kept", change_on_resume=True)
     sample_every: int = option(1000, "steps between sample grids; one more at the end", change_on_resume=True)

@@ -60,17 +60,17 @@ def save_loss_curves(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
         steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
         (line,) = axes.plot(steps, _smoothed(losses), label=name)
         axes.plot(steps, losses, color=line.get_color(), alpha=0.25, linewidth=0.8)
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
-    if runs:
-        axes.legend()
+    axes.legend()
     figure.savefig(path)
 
 
-def _smoothed(values: list[float], decay: float = 0.9) -> list[float]:
-    """Moving average that forgets exponentially and is not pulled towards 0 at the start."""
-    smooth, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        smooth.append(total / weight)
+def _smoothed(values: list[float]) -> list[float]:
+    """Mean over a window of a twentieth of all values around each, narrower at both ends."""
+    reach = len(values) // 40
+    smooth = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        smooth.append(sum(values[i - near : i + near + 1]) / (2 * near + 1))
     return smooth

@@ -128,15 +128,13 @@ class Trainer:
                 speed = (self.step - start) * config.batch_size / seconds
                 bar.set_postfix_str(f"loss {window[-1].loss:.4f}, {speed:.0f} images/s", refresh=False)
                 bar.update()
-                if self.step % config.log_every == 0:
+                if self.step == 1 or self.step % config.log_every == 0:
                     self._log(log, window, speed)
                     window = []
                 if self.step % config.checkpoint_every == 0:
                     self.save()
                 if self.step % config.sample_every == 0:
                     self.save_samples()
-            if window:
-                self._log(log, window, speed)
             self.save()
             if ended_by != "signal":
                 self.save_samples()

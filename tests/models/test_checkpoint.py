@@ -204,6 +204,13 @@ def test_dense_dit_defaults_are_xl() -> None:
     ("target", "changes", "message"),
     [
         ("models.models_DSMOE.DiT", {}, "did you mean 'models.models_DSMoE.DiT'"),
+        ("model_jit.JiT", {}, "model_jit.JiT is not in this version, which has models.models_DiT.DiT"),
+        ("resnet", {}, "target: expected one of models.models_DiT.DiT, models.models_DSMoE.DiT, got 'resnet'$"),
+        (
+            DSMOE,
+            {"MoE_config": PARAMS["MoE_config"] | {"skip_first2": "yes"}},
+            "skip_first2: expected a flag or a number",
+        ),
         (DSMOE, {"use_sinks": True}, "use_sinks: expected False, attention sinks"),
         (DSMOE, {"use_kda": True}, "use_kda: expected False"),
         (DSMOE, {"use_flash_attn": True}, "use_flash_attn: expected False"),
@@ -221,3 +228,8 @@ def test_dense_dit_defaults_are_xl() -> None:
 def test_bad_official_configurations(target, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         build_official(target, PARAMS | changes)
+
+
+def test_a_compiled_model_loads_and_saves() -> None:
+    compiled = torch.compile(build(), backend="eager")
+    assert_loaded(load_official(compiled, CASE.state_dict), CASE.state_dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,10 +43,10 @@ def test_digits_models_are_of_one_activated_size() -> None:
     assert 0.9e6 < min(activated.values()) < 1.2e6
 
 
-def test_list_prints_every_model() -> None:
+def test_list_prints_the_table_of_the_readme() -> None:
     output = subprocess.run([sys.executable, "-m", "models.list"], capture_output=True, text=True, check=True).stdout
-    assert [line.split()[0] for line in output.splitlines()[1:]] == list_models()
-    assert "1368.06" in output
+    assert [line.split()[1] for line in output.splitlines()[2:]] == list_models()
+    assert output.strip() in (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_every_latent_model_has_the_published_shape() -> None:
@@ -208,6 +209,12 @@ def test_activation_checkpointing_changes_nothing() -> None:
         ("resnet50", {}, ValueError, "unknown model 'resnet50'"),
         ("DiT-S/2", {"num_class": 10}, TypeError, "no configuration field 'num_class'"),
         ("DiT-S/2", {"input_size": 31}, ValueError, "input_size: expected a multiple of patch_size = 2, got 31"),
+        ("DiT-S/2", {"input_size": 0}, ValueError, "input_size: expected at least 1, got 0"),
+        ("DiT-S/2", {"patch_size": 0}, ValueError, "patch_size: expected at least 1, got 0"),
+        ("DiT-S/2", {"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
+        ("DSMoE-S-E16", {"num_dense_blocks": -1}, ValueError, "num_dense_blocks: expected 0 or more, got -1"),
+        ("DSMoE-S-E16", {"swiglu": True}, ValueError, "swiglu: expected False"),
+        ("DSMoE-S-E16", {"balance": {}}, ValueError, "balance: expected None, 'bias', 'loss' or a Balance, got {}"),
         ("DiT-S/2", {"num_heads": 7}, ValueError, "num_heads: expected a divisor of hidden_size = 384, got 7"),
         ("DiT-S/2", {"class_dropout_prob": 1.0}, ValueError, "class_dropout_prob"),
         ("DSMoE-S-E16", {"top_k": 17}, ValueError, "top_k: expected 1 to num_experts = 16, got 17"),
@@ -245,3 +252,10 @@ def test_bad_inputs(change, error, message) -> None:
     x, t, labels = random_inputs(model, batch=2)
     with pytest.raises(error, match=message):
         model(**({"x": x, "t": t, "labels": labels} | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integer_dtype(dtype) -> None:
+    model = randomize(create_model("DSMoE-digits")).eval()
+    x, t, labels = random_inputs(model)
+    assert torch.equal(model(x, t, labels.to(dtype)), model(x, t, labels))

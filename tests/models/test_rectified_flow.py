@@ -201,3 +201,22 @@ def test_sample_refuses_what_needs_a_null_label_where_there_is_none(model, label
     z, _ = batch()
     with pytest.raises(ValueError, match=rf"{request_}.*class_dropout_prob=0.*cfg_scale=1"):
         FLOW.sample(model, z, torch.tensor(labels), steps=2, cfg_scale=cfg_scale)
+
+
+def test_bfloat16_images_keep_the_noise_near_the_data():
+    """A time of 0.9995 is 1 in bfloat16: the mixture is float32, and what is left of the noise is rounded once."""
+    seen = {}
+
+    class Recorder(torch.nn.Module):
+        num_classes, null_label = 10, 10
+
+        def forward(self, z, t, labels, return_aux=False):
+            seen["z"] = z
+            return torch.zeros_like(z), None
+
+    x, noise = torch.zeros(2, 1, 4, 4, dtype=torch.bfloat16), torch.ones(2, 1, 4, 4, dtype=torch.bfloat16)
+    t = torch.full((2,), 0.9995)
+    result = RectifiedFlow().loss(Recorder(), x, torch.tensor([1, 2]), t=t, noise=noise)
+    assert seen["z"].dtype == torch.bfloat16
+    torch.testing.assert_close(seen["z"].float(), torch.full_like(x, 0.0005, dtype=torch.float32), rtol=5e-3, atol=0)
+    assert result.loss.dtype == torch.float32

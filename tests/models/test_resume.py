@@ -278,7 +278,7 @@ class Malicious:
     [
         (b"", "truncated, damaged or another kind"),
         (b"not a checkpoint at all", "truncated, damaged or another kind"),
-        (pickle.dumps(Malicious()), "truncated, damaged or another kind"),
+        (pickle.dumps(Malicious(), protocol=2), "truncated, damaged or another kind"),
         (Malicious(), "truncated, damaged or another kind"),
         ({"ema": {}, "model": {}}, "not a checkpoint of models.train.*load_official"),
         ([1, 2], "not a checkpoint of models.train"),

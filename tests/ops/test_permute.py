@@ -135,3 +135,19 @@ def test_rejects_bad_input():
             function(torch.zeros(rows, 4, device="meta"), routing)
         with pytest.raises(NotImplementedError, match="permute: there is no 'triton' backend; this op has 'reference'"):
             function(torch.zeros(rows, 4), routing, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("routing: expected a Routing, got Tensor", lambda: ops.permute(torch.zeros(2, 4), torch.zeros(2, 1))),
+        ("routing: expected a Routing, got tuple", lambda: ops.unpermute(torch.zeros(2, 4), ())),
+        ("routing: expected a Routing", lambda: ops.experts(torch.zeros(2, 4), None, None, None)),
+        ("topk_ids: expected a tensor, got list", lambda: Routing.from_topk([[0]], torch.ones(1, 1), 2)),
+        ("offs: expected a tensor, got list", lambda: ops.grouped_gemm(torch.ones(2, 4), torch.ones(2, 4, 4), [1, 2])),
+        ("expert_bias: expected a tensor", lambda: ops.router_topk(torch.ones(2, 4), 1, expert_bias=[0.0] * 4)),
+    ],
+)
+def test_other_objects_than_tensors_are_named(message, call):
+    with pytest.raises(TypeError, match=message):
+        call()

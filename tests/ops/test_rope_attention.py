@@ -340,3 +340,16 @@ def test_tables_without_a_pairing_are_refused() -> None:
     cos, sin = ops.rope_table("1d", 8, 4)
     with pytest.raises(ValueError, match="rope: expected the name of a pairing beside cos and sin, got None"):
         ops.rope_attention(torch.zeros(1, 4, 3, 2, 8), cos, sin)
+
+
+def test_arguments_that_would_be_ignored_or_truncated_are_refused() -> None:
+    qkv, (cos, sin) = torch.zeros(1, 4, 3, 2, 8), ops.rope_table("1d", 8, 4)
+    with pytest.raises(ValueError, match="qk_norm: expected the norm that q_norm_weight belongs to, got None"):
+        ops.rope_attention(qkv, q_norm_weight=torch.ones(8))
+    with pytest.raises(TypeError, match="cos: expected a floating dtype"):
+        ops.rope_attention(qkv, cos.long(), sin, rope="1d")
+    x, vector = torch.zeros(1, 4, 8), torch.zeros(1, 8)
+    with pytest.raises(TypeError, match="shift: expected a floating dtype"):
+        ops.adaln(x, vector.long(), vector)
+    with pytest.raises(TypeError, match="y: expected a floating dtype"):
+        ops.gated_residual(x, x.long(), vector)

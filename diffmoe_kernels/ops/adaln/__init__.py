@@ -35,11 +35,12 @@ def adaln(
         (B, N, D) in x's dtype; arithmetic is float32 (float64 for float64).
 
     Raises:
-        TypeError: x that is not floating.
+        TypeError: tensors that are not floating.
         ValueError: shapes, devices or a norm that do not fit.
     """
     check_choice("norm", norm, NORMS)
     _check(x, shift=shift, scale=scale)
+    check_floating("weight", weight)
     check_shape("weight", weight, x.shape[2])
     check_same_device(x=x, weight=weight)
     return run("adaln", backend, _ADALN, x, shift, scale, weight, norm, eps)
@@ -58,10 +59,11 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "au
         (B, N, D) in x's dtype; arithmetic is float32 (float64 for float64).
 
     Raises:
-        TypeError: x that is not floating.
+        TypeError: tensors that are not floating.
         ValueError: shapes or devices that do not fit.
     """
     _check(x, gate=gate)
+    check_floating("y", y)
     check_shape("y", y, *x.shape)
     check_same_device(x=x, y=y)
     return run("gated_residual", backend, _GATED_RESIDUAL, x, y, gate)
@@ -88,6 +90,7 @@ def _check(x: Tensor, **per_sample: Tensor) -> None:
     check_floating("x", x)
     check_shape("x", x, "B", "N", "D")
     for name, tensor in per_sample.items():
+        check_floating(name, tensor)
         check_shape(name, tensor, x.shape[0], x.shape[2])
     check_same_device(x=x, **per_sample)
 

@@ -8,7 +8,7 @@ from diffmoe_kernels.backend import Backend, Implementation, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape, compute_dtype
 from diffmoe_kernels.ops.experts import _torch
 from diffmoe_kernels.ops.experts.reference import experts_reference
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, check_routing
 
 ACTIVATIONS = ("swiglu", "gelu_tanh", "silu")
 
@@ -52,6 +52,7 @@ def experts(
         TypeError: arguments that are not floating.
         ValueError: shapes, devices, activation or dropout that do not fit.
     """
+    check_routing(routing)
     check_choice("activation", activation, ACTIVATIONS)
     tensors = {"x": x, "up_proj": up_proj, "down_proj": down_proj}
     tensors |= {"up_bias": up_bias, "down_bias": down_bias, "residual": residual}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, run
-from diffmoe_kernels.checks import check_floating, check_same_device, check_shape, compute_dtype
+from diffmoe_kernels.checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
 from diffmoe_kernels.ops.grouped_gemm import _torch
 from diffmoe_kernels.ops.grouped_gemm.reference import grouped_gemm_reference
 
@@ -64,10 +64,13 @@ def grouped_gemm(
 def _check_offs(x: Tensor, w: Tensor, offs: Tensor | None) -> None:
     if offs is None:
         raise ValueError(f"offs: expected (E,) group ends for x {tuple(x.shape)} and w {tuple(w.shape)}, got None")
+    check_integer("offs", offs)
     if offs.dtype != torch.int32:
         raise TypeError(f"offs: expected torch.int32, got {offs.dtype}")
     num_groups = x.shape[0] if x.dim() == 3 else w.shape[0] if w.dim() == 3 else "E"
     check_shape("offs", offs, num_groups)
+    if offs.shape[0] == 0:
+        raise ValueError("offs: expected at least one group, got none")
 
 
 _IMPLEMENTATIONS = {

@@ -39,8 +39,8 @@ def why_not_sizes(x: Tensor, rows: int, *sizes: int) -> str | None:
     """Why grouped_mm can't multiply ``rows`` rows of x's dtype between matrices of these sizes, or None."""
     if x.dtype not in _DTYPES:
         return f"grouped_mm takes bfloat16, float16 and float32, not {x.dtype}"
-    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
-        return "under torch.compile grouped_mm takes bfloat16 only"
+    if (torch.compiler.is_compiling() or x.is_meta) and x.dtype != torch.bfloat16:
+        return "under torch.compile and on the meta device grouped_mm takes bfloat16 only"
     if rows == 0:
         return "grouped_mm takes no empty operand"
     for size in sizes:

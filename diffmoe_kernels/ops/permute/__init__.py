@@ -7,7 +7,7 @@ from torch import Tensor
 from diffmoe_kernels.backend import Backend, Implementation, run
 from diffmoe_kernels.checks import check_floating, check_same_device, check_shape
 from diffmoe_kernels.ops.permute.reference import permute_reference, unpermute_reference
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, check_routing
 
 
 def permute(x: Tensor, routing: Routing, *, backend: Backend = "auto") -> Tensor:
@@ -26,6 +26,7 @@ def permute(x: Tensor, routing: Routing, *, backend: Backend = "auto") -> Tensor
         TypeError: x that is not floating.
         ValueError: x that is not (T, D), or on another device than the routing.
     """
+    check_routing(routing)
     check_floating("x", x)
     check_shape("x", x, routing.num_tokens, "D")
     check_same_device(x=x, routing=routing.token_indices)
@@ -48,6 +49,7 @@ def unpermute(rows: Tensor, routing: Routing, *, backend: Backend = "auto") -> T
         TypeError: rows that are not floating.
         ValueError: rows that are not (R, D), or on another device than the routing.
     """
+    check_routing(routing)
     check_floating("rows", rows)
     check_shape("rows", rows, routing.num_rows, "D")
     check_same_device(rows=rows, routing=routing.token_indices)

@@ -54,7 +54,7 @@ def rope_attention(
         (B, N, H * d) in qkv's dtype, or autocast's. Norms, rotation and softmax are float32.
 
     Raises:
-        TypeError: qkv that is not floating.
+        TypeError: tensors that are not floating.
         ValueError: shapes, devices or names that do not fit.
     """
     check_floating("qkv", qkv)
@@ -84,6 +84,7 @@ def rope_attention(
         for name, table in (("cos", cos), ("sin", sin)):
             if table is None:
                 raise ValueError(f"{name}: expected a table for rope {rope!r}, got None; see rope_table")
+            check_floating(name, table)
             check_shape(name, table, num_tokens - num_prefix_tokens, head_dim // 2)
     if qk_norm is not None:
         check_choice("qk_norm", qk_norm, QK_NORMS)
@@ -94,6 +95,9 @@ def rope_attention(
         "k_norm_bias": k_norm_bias,
     }
     for name, tensor in norms.items():
+        if qk_norm is None and tensor is not None:
+            raise ValueError(f"qk_norm: expected the norm that {name} belongs to, got None")
+        check_floating(name, tensor)
         check_shape(name, tensor, head_dim)
     check_same_device(qkv=qkv, cos=cos, sin=sin, **norms)
     return run(
