@@ -162,8 +162,6 @@ def _train(name: str, config: DemoConfig, steps: int | None) -> TrainResult:
             seed=config.seed,
             steps=steps or 1_000_000,
             max_minutes=None if steps else config.minutes,
-            batch_size=64,
-            ema_decay=0.995,
             log_every=10,
             sample_steps=config.sample_steps,
             sample_cfg_scale=config.cfg_scale,

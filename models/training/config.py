@@ -41,16 +41,18 @@ class TrainConfig:
     output: str = option("runs/train", "run directory to create", change_on_resume=True)
     seed: int = option(0, "seed of the weights, of the data order and of the training noise")
 
-    steps: int = option(5000, "optimizer steps to train for, counted from the start of the run", change_on_resume=True)
+    steps: int = option(2000, "optimizer steps to train for, counted from the start of the run", change_on_resume=True)
     max_minutes: float | None = option(None, "stop early after this time in this process", change_on_resume=True)
-    batch_size: int = option(256, "images per optimizer step")
+    batch_size: int = option(64, "images per optimizer step (256 is usual for latent models)")
     accumulation: int = option(1, "parts a batch is cut into, each with its own backward pass, to save memory")
     learning_rate: float = option(1e-3, "AdamW's learning rate after warm-up (1e-4 is usual for latent models)")
     warmup_steps: int = option(100, "steps over which the learning rate rises linearly from 0")
     beta2: float = option(0.999, "AdamW's decay of the squared gradient")
     weight_decay: float = option(0.0, "AdamW's weight decay")
     grad_clip: float | None = option(1.0, "largest gradient norm, larger ones are scaled down; null for no limit")
-    ema_decay: float = option(0.999, "decay of the moving average of weights that samples are taken from")
+    ema_decay: float = option(
+        0.995, "decay of the averaged weights that samples are taken from (0.9999 is usual for long runs)"
+    )
     precision: Literal["float32", "bfloat16"] = option("float32", "bfloat16 runs the model under autocast")
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one", change_on_resume=True)
@@ -58,9 +60,9 @@ class TrainConfig:
     workers: int = option(0, "processes that load data", change_on_resume=True)
 
     log_every: int = option(20, "steps between records of the mean loss", change_on_resume=True)
-    checkpoint_every: int = option(1000, "steps between checkpoints; one more at the end", change_on_resume=True)
+    checkpoint_every: int = option(500, "steps between checkpoints; one more at the end", change_on_resume=True)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints are kept", change_on_resume=True)
-    sample_every: int = option(1000, "steps between sample grids; one more at the end", change_on_resume=True)
+    sample_every: int = option(500, "steps between sample grids; one more at the end", change_on_resume=True)
     sample_rows: int = option(4, "rows of the sample grid, a column per class", change_on_resume=True)
     sample_steps: int = option(50, "Euler steps of the samples", change_on_resume=True)
     sample_cfg_scale: float = option(
@@ -68,8 +70,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        positive = "steps batch_size accumulation log_every checkpoint_every keep_checkpoints sample_every sample_rows"
-        for name in (positive + " sample_steps").split():
+        counts = ("steps", "batch_size", "accumulation", "sample_rows", "sample_steps", "keep_checkpoints")
+        for name in (*counts, "log_every", "checkpoint_every", "sample_every"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "workers"):
             require(self, name, getattr(self, name) >= 0, "at least 0")

@@ -242,9 +242,10 @@ class Trainer:
         if changed:
             warnings.warn(f"resumed, but not bit for bit: {', '.join(changed)} since {path} was written", stacklevel=3)
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self) -> dict[str, Any]:
         versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-        return {**versions, "device": self.device.type, "threads": str(torch.get_num_threads())}
+        how = {"device": self.device.type, "threads": torch.get_num_threads(), "compile": self.config.compile}
+        return {**versions, **how}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = ShuffledBatches(len(self.data.train), self.config.batch_size, self.config.seed, start=self.step)

@@ -6,6 +6,7 @@ import pytest
 
 from models.data import load_npz
 from models.demo import MODELS, main
+from models.training.trainer import Trainer, TrainResult
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +52,13 @@ def test_an_earlier_demo_is_not_overwritten_unasked(demo, capsys):
 def test_demo_options_out_of_range(tmp_path, capsys, option, name):
     assert main(["--output", str(tmp_path), option, "0"]) == 2
     assert f"{name} must be" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_demo(tmp_path, monkeypatch, capsys):
+    def stopped(trainer):
+        return TrainResult(step=1, images_per_second=1.0, checkpoint=tmp_path / "step.pt", ended_by="signal")
+
+    monkeypatch.setattr(Trainer, "fit", stopped)
+    assert main(["--output", str(tmp_path / "demo")]) == 130
+    assert "start again with --overwrite" in capsys.readouterr().err
+    assert not (tmp_path / "demo" / "demo.md").exists()
