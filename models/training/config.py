@@ -50,9 +50,7 @@ class TrainConfig:
     beta2: float = option(0.999, "AdamW's decay of the squared gradient")
     weight_decay: float = option(0.0, "AdamW's weight decay")
     grad_clip: float | None = option(1.0, "largest gradient norm, larger ones are scaled down; null for no limit")
-    ema_decay: float = option(
-        0.995, "decay of the averaged weights that samples are taken from (0.9999 is usual for long runs)"
-    )
+    ema_decay: float = option(0.995, "decay of the averaged weights, which samples come from (0.9999 for long runs)")
     precision: Literal["float32", "bfloat16"] = option("float32", "bfloat16 runs the model under autocast")
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one", change_on_resume=True)
