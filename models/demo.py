@@ -20,7 +20,7 @@ from models.sample import balanced_labels, sample_images
 from models.training.config import TrainConfig, build_config, config_parser, option, require
 from models.training.loading import load_model
 from models.training.logs import read_metrics, save_loss_curves
-from models.training.trainer import Trainer, TrainResult
+from models.training.trainer import NonFiniteError, Trainer, TrainResult
 
 MODELS = ("DSMoE-digits", "DiT-digits")
 NOTES = """digits-FD: distance of 500 samples to 500 held-out images, lower is better; floor: of 500 training images.
@@ -209,15 +209,15 @@ def _write(output: Path, config: DemoConfig, rows: list[Row], rows_of_grid: dict
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 130 where Ctrl-C ended it."""
-    parser = config_parser(DemoConfig, prog="python -m models.demo", description=__doc__)
     try:
+        parser = config_parser(DemoConfig, prog="python -m models.demo", description=__doc__)
         config = build_config(DemoConfig, parser.parse_args(arguments))
         output = Path(config.output)
         make_room(output, overwrite=config.overwrite)
-    except ValueError as error:
+        rows = run_demo(config)
+    except (ImportError, OSError, TypeError, ValueError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = run_demo(config)
     if rows is None:
         print("stopped; start again with --overwrite", file=sys.stderr)
         return 130

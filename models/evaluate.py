@@ -56,8 +56,8 @@ def format_scores(scores: Scores) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 2 where it asks for something impossible."""
-    parser = config_parser(EvaluateConfig, prog="python -m models.evaluate", description="Score a file of samples.")
     try:
+        parser = config_parser(EvaluateConfig, prog="python -m models.evaluate", description="Score a file of samples.")
         print(format_scores(evaluate(build_config(EvaluateConfig, parser.parse_args(arguments)))))
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -126,8 +126,8 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 2 where it asks for something impossible."""
-    parser = config_parser(SampleConfig, prog="python -m models.sample", description="Sample from a trained model.")
     try:
+        parser = config_parser(SampleConfig, prog="python -m models.sample", description="Sample from a trained model.")
         config = build_config(SampleConfig, parser.parse_args(arguments))
         grid, archive = sample_to_files(config)
     except (ImportError, OSError, TypeError, ValueError) as error:

@@ -1,6 +1,5 @@
 """Images between a model's [-1, 1] floats, uint8, PNG grids and the `.npz` that the ADM evaluator reads."""
 
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -9,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from models.files import write_atomically
 
 MIN_TILE = 64  # pixels: small images are enlarged to about this side, so that a person can read them
 FONT_SIZE = 16
@@ -69,10 +70,7 @@ def save_npz(path: str | Path, images: Tensor, labels: Tensor | None = None) -> 
     if labels is not None:
         _check_label_shape(labels, len(images))
         arrays["labels"] = labels.to(torch.int64).cpu().numpy()
-    partial = Path(f"{path}.partial")
-    with open(partial, "wb") as file:  # an open file, since np.savez appends .npz to a path
-        np.savez(file, **arrays)
-    os.replace(partial, path)
+    write_atomically(Path(path), lambda file: np.savez(file, **arrays))
 
 
 def load_npz(path: str | Path) -> tuple[Tensor, Tensor | None]:

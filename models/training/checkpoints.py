@@ -1,34 +1,19 @@
 """Checkpoint files: written whole or not at all, read without running code from them."""
 
-import os
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+
+from models.files import write_atomically
 
 FORMAT = "diffmoe-kernels training checkpoint 1"
 
 
 class CheckpointError(ValueError):
     """A file that is no usable checkpoint; the message names it and says what to do."""
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Create or replace `path` by what `write` puts into a file; a crash leaves the old one or the new, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

@@ -112,7 +112,10 @@ def flag(name: str) -> str:
 
 def config_parser(config_class: type, *, prog: str, description: str) -> "ArgumentParser":
     """A command line with one option per field of `config_class`, and `--config FILE` for a YAML file of the same."""
-    from jsonargparse import ArgumentParser
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise ImportError(f"{error}; the command lines need: pip install 'diffmoe-kernels[train]'") from error
 
     parser = ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="YAML file of options; options after it take precedence")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from models.training.checkpoints import write_atomically
+from models.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 

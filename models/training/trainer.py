@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from models import create_model
 from models.data import load_dataset, save_grid, to_uint8
+from models.files import write_atomically
 from models.objectives import RectifiedFlow
 from models.sample import balanced_labels, sample_images
 from models.training.batches import ShuffledBatches
@@ -28,7 +29,6 @@ from models.training.checkpoints import (
     list_checkpoints,
     load_newest,
     save_checkpoint,
-    write_atomically,
 )
 from models.training.config import TrainConfig, read_yaml, to_yaml
 from models.training.interrupt import StopOnSignal

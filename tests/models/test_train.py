@@ -1,6 +1,8 @@
 """Training: a run learns, leaves what it promises, takes its options from one place and refuses bad ones."""
 
+import importlib
 import re
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -255,3 +257,16 @@ def test_data_order_goes_on_from_any_step(start):
 def test_an_empty_training_split_is_refused():
     with pytest.raises(ValueError, match="training split is empty"):
         ShuffledBatches(0, 4, seed=0)
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "evaluate", "demo"])
+def test_a_missing_extra_is_named_with_the_command_that_brings_it(module, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert importlib.import_module(f"models.{module}").main([]) == 2
+    assert "pip install 'diffmoe-kernels[train]'" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_ends_with_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--model", "DiT-digits", "--steps", "1", "--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,21 +12,10 @@ from diffmoe_kernels.ops.adaln.reference import normalize
 
 
 def rope_attention_reference(
-    qkv: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    num_heads: int,
-    rope: str | None,
-    num_prefix_tokens: int,
-    qk_norm: str | None,
-    q_norm: tuple[Tensor | None, Tensor | None],
-    k_norm: tuple[Tensor | None, Tensor | None],
-    norm_eps: float,
-    scale: float,
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, scale: float, **preparation: Any
 ) -> Tensor:
-    """(B, N, H + 2 Hkv, d) -> (B, N, H * d), in float32 until the end."""
-    q, k, v = prepare_qkv(qkv, cos, sin, num_heads, rope, num_prefix_tokens, qk_norm, q_norm, k_norm, norm_eps)
+    """(B, N, H + 2 Hkv, d) -> (B, N, H * d), in float32 until the end; ``preparation`` as of `prepare_qkv`."""
+    q, k, v = prepare_qkv(qkv, cos, sin, num_heads, **preparation)
     k, v = (heads.repeat_interleave(num_heads // heads.shape[2], dim=2) for heads in (k, v))
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
     out = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
@@ -36,6 +27,7 @@ def prepare_qkv(
     cos: Tensor | None,
     sin: Tensor | None,
     num_heads: int,
+    *,
     rope: str | None,
     num_prefix_tokens: int,
     qk_norm: str | None,
