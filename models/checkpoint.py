@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffmoe_kernels import MoE
+from diffmoe_kernels import ExpertChoiceMoE, MoE
 from diffmoe_kernels.modules import Experts, FeedForward
 from models.official_config import build_official
 
@@ -26,6 +26,8 @@ __all__ = ["build_official", "load_official", "official_state_dict", "read_check
 # weights= -> the entries of a checkpoint file that may hold them, DiT's and DSMoE's name first, then JiT's.
 _ENTRIES = {"ema": ("ema", "model_ema1"), "ema2": ("model_ema2",), "model": ("model",)}
 _PREFIXES = ("module.", "net.", "_orig_mod.")  # DistributedDataParallel, JiT's denoiser, torch.compile
+_BUFFERS = {"expert_bias": "e_score_correction_bias", "threshold_decay": "ema_decay"}
+_CHILDREN = {"router": "gate", "shared_expert": "shared_experts"}  # of a mixture
 _MOST_LINES = 10  # of each kind in an error message
 
 
@@ -206,34 +208,48 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
 
 def _layout(module: nn.Module, ours: str = "", official: str = "") -> Iterator[tuple[str, _Piece]]:
     """(official key, where it lies in ours) for every tensor of the module's state dict."""
-    if isinstance(module, Experts):
-        for expert in range(module.down_proj.shape[0]):
-            yield from _expert_layout(module, ours, f"{official}blocks.{expert}.", (expert,))
-    elif isinstance(module, FeedForward):
-        yield from _expert_layout(module, ours, official, ())
-    else:
-        names = {"expert_bias": "e_score_correction_bias"}
-        for name in module.state_dict(keep_vars=True):
-            if "." not in name:
-                yield official + names.get(name, name), _Piece(ours + name)
-        renamed = {"router": "gate", "shared_expert": "shared_experts"} if isinstance(module, MoE) else {}
-        for name, child in module.named_children():
-            yield from _layout(child, f"{ours}{name}.", f"{official}{renamed.get(name, name)}.")
+    if isinstance(module, FeedForward):
+        yield from _network_layout(module, ours, official, ())
+        return
+    is_mixture = isinstance(module, MoE | ExpertChoiceMoE)
+    for name in module.state_dict(keep_vars=True):
+        if "." not in name:
+            yield official + _BUFFERS.get(name, name), _Piece(ours + name)
+    for name, child in module.named_children():
+        if isinstance(module, ExpertChoiceMoE) and name == "router":
+            yield f"{official}gate_weight", _Piece(f"{ours}router.weight")
+        elif isinstance(child, Experts):
+            folder = "experts.blocks" if _is_dsmoe(module) else "experts"
+            for expert in range(child.down_proj.shape[0]):
+                yield from _network_layout(child, f"{ours}{name}.", f"{official}{folder}.{expert}.", (expert,))
+        else:
+            renamed = _CHILDREN.get(name, name) if is_mixture else name
+            yield from _layout(child, f"{ours}{name}.", f"{official}{renamed}.")
 
 
-def _expert_layout(
+def _is_dsmoe(module: nn.Module) -> bool:
+    return isinstance(module, MoE) and module.router.score_function == "sigmoid"
+
+
+def _network_layout(
     module: Experts | FeedForward, ours: str, official: str, expert: tuple[int, ...]
 ) -> Iterator[tuple[str, _Piece]]:
-    """One SwiGLU network: DSMoE's gate_proj, up_proj and down_proj without biases, JiT's w12 and w3 with them."""
-    if module.activation != "swiglu":
-        raise ValueError(f"no official checkpoint has experts with activation {module.activation!r}")
+    """One feed-forward network. SwiGLU: gate_proj, up_proj, down_proj without biases (DSMoE, MoeMLP), w12 and w3 with
+    them (JiT). Others: fc1 and fc2 with biases (DiffMoE, EC-DiT, TC-DiT)."""
     stacked = isinstance(module, Experts)
     weight, bias = ("", "_bias") if stacked else (".weight", ".bias")
-    if (module.down_proj_bias if stacked else module.down_proj.bias) is not None:
-        for theirs, name in (("w12", "gate_up_proj"), ("w3", "down_proj")):
+    has_bias = (module.down_proj_bias if stacked else module.down_proj.bias) is not None
+    gated = module.activation == "swiglu"
+    if has_bias:
+        up, down = (
+            (("w12", "gate_up_proj"), ("w3", "down_proj")) if gated else (("fc1", "up_proj"), ("fc2", "down_proj"))
+        )
+        for theirs, name in (up, down):
             yield f"{official}{theirs}.weight", _Piece(f"{ours}{name}{weight}", expert)
             yield f"{official}{theirs}.bias", _Piece(f"{ours}{name}{bias}", expert)
         return
+    if not gated:
+        raise ValueError(f"no official checkpoint has networks with activation {module.activation!r} and no biases")
     width = module.down_proj.shape[2] if stacked else module.down_proj.in_features
     gate_up = f"{ours}gate_up_proj{weight}"
     yield f"{official}gate_proj.weight", _Piece(gate_up, (*expert, slice(0, width)))

@@ -1,4 +1,4 @@
-"""The token-choice router."""
+"""The routers: token choice and expert choice."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
 from diffmoe_kernels.checks import at_least_float32, autocast_off
+from diffmoe_kernels.modules.buffers import Float32Buffers
 from diffmoe_kernels.ops.router_topk import check_router
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Float32Buffers):
     """Scores every token against every expert and takes its top-k (`ops.router_topk`).
 
     Parameters and buffers: ``weight`` (E, D); ``expert_bias`` (E,) float32, the selection bias, which only
@@ -57,13 +58,6 @@ class TopKRouter(nn.Module):
         nn.init.kaiming_normal_(self.weight)
         nn.init.zeros_(self.expert_bias)
 
-    def _apply(self, fn, recurse=True):
-        bias = self.expert_bias
-        super()._apply(fn, recurse)
-        if self.expert_bias.dtype.itemsize < 4:  # in bfloat16 a bias of 0.3 would not feel an update of 0.001
-            self.expert_bias = at_least_float32(bias).to(self.expert_bias.device)
-        return self
-
     def forward(self, x: Tensor) -> ops.RouterTopK:
         """(T, D) -> `RouterTopK`, in float32 under autocast too."""
         with autocast_off(x):
@@ -85,3 +79,29 @@ class TopKRouter(nn.Module):
         num_experts, hidden_size = self.weight.shape
         groups = f", groups={self.top_groups}/{self.num_groups}" if self.num_groups > 1 else ""
         return f"{hidden_size}, num_experts={num_experts}, top_k={self.top_k}, {self.score_function}{groups}"
+
+
+class ExpertChoiceRouter(nn.Module):
+    """Softmax over the experts of every token, for `ops.token_drop`. Parameter: ``weight`` (E, D)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of standard deviation 0.006, as the official DiffMoE and EC-DiT draw them."""
+        nn.init.normal_(self.weight, std=0.006)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, E) scores, in float32 under autocast too."""
+        x = at_least_float32(x)
+        with autocast_off(x):
+            return F.linear(x, self.weight.to(x.dtype)).softmax(-1)

@@ -19,6 +19,7 @@ CASES = (
     *("attn_gqa_1d", "attn_gqa_2d", "attn_gqa_none", "jit_attn", "jit_attn_incontext"),
     *(f"dsmoe_layer_{kind}" for kind in ("g1", "g2", "maskfill", "s0", "top1", "zero_bias")),
     *("jit_dsmoe_layer_g1", "jit_dsmoe_layer_g2", "jit_dsmoe_layer_s0", "components", "moemlp_tp2"),
+    *("diffmoe_block_e4", "diffmoe_block_e4_shared1", "diffmoe_block_e8", "ec_block", "ec_block_shared"),
     *("model_dense_dit", "model_dsmoe_dit_rope2d", "model_dsmoe_dit_sincos", "rf_simple", "rf_dsmoe_train"),
 )
 # Of a whole model: the embedders, one dense and one MoE block with two of its experts, and the last layer.

@@ -1,7 +1,8 @@
 """Capacity-based dynamic token dropping.
 
 Expert choice over a pool of tokens with a fixed capacity (`token_drop`: DiffMoE in training, EC-DiT) or a predicted one
-(`token_drop_predicted`: DiffMoE at inference), and the same bound for token choice (`token_choice_drop`).
+(`token_drop_predicted`: DiffMoE at inference; `capacity_loss` and `capacity_quantile` train the prediction), and the
+same bound for token choice (`token_choice_drop`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, run
-from diffmoe_kernels.checks import check_floating, check_integer, check_same_device, check_shape
+from diffmoe_kernels.checks import check_choice, check_floating, check_integer, check_same_device, check_shape
 from diffmoe_kernels.ops.token_drop.reference import (
+    capacity_loss_reference,
+    capacity_quantile_reference,
     token_choice_drop_reference,
     token_drop_predicted_reference,
     token_drop_reference,
 )
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, check_routing
+
+RULES = ("pool", "token")
 
 
 def token_drop(
@@ -50,18 +55,20 @@ def token_drop_predicted(
     capacity_logits: Tensor,
     thresholds: Tensor,
     *,
+    rule: str = "pool",
     max_capacity: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Routing, Tensor]:
     """Expert choice with a predicted capacity, as DiffMoE infers (arXiv:2503.14487, section 3.3).
 
-    Expert e takes as many tokens as have sigmoid(capacity_logits[:, e]) > thresholds[e]: those that score highest, not
-    those whose prediction passed. The count stays on the device.
+    A token passes at expert e where sigmoid(capacity_logits[:, e]) > thresholds[e]. The count stays on the device.
 
     Args:
         router_scores: (T, E) floating.
         capacity_logits: (T, E) floating, the capacity predictor's output.
         thresholds: (E,) floating, in [0, 1].
+        rule: "pool": as many tokens as passed, those that score highest (the official rule; a token's result depends on
+            its batch). "token": the tokens that passed, each by itself.
         max_capacity: bound on the tokens of an expert; T where None. Past it the lowest-scored are dropped.
         backend: see `diffmoe_kernels.backend`.
 
@@ -80,9 +87,55 @@ def token_drop_predicted(
     check_shape("capacity_logits", capacity_logits, num_tokens, num_experts)
     check_shape("thresholds", thresholds, num_experts)
     check_same_device(router_scores=router_scores, capacity_logits=capacity_logits, thresholds=thresholds)
+    check_choice("rule", rule, RULES)
     max_capacity = num_tokens if max_capacity is None else max_capacity
     _check_capacity("max_capacity", max_capacity, num_tokens)
-    return run("token_drop_predicted", backend, _PREDICTED, router_scores, capacity_logits, thresholds, max_capacity)
+    arguments = (router_scores, capacity_logits, thresholds, max_capacity, rule)
+    return run("token_drop_predicted", backend, _PREDICTED, *arguments)
+
+
+def capacity_loss(capacity_logits: Tensor, routing: Routing, *, backend: Backend = "auto") -> Tensor:
+    """The capacity predictor's loss (arXiv:2503.14487): mean binary cross-entropy against the experts' choice.
+
+    Args:
+        capacity_logits: (T, E) floating; the gradient flows here alone.
+        routing: what the experts chose, of T tokens and E experts.
+        backend: see `diffmoe_kernels.backend`.
+
+    Returns:
+        () float32 (float64 for float64).
+
+    Raises:
+        TypeError: logits that are not floating, or another object than a `Routing`.
+        ValueError: logits that are not (T, E) of the routing.
+    """
+    check_routing(routing)
+    check_floating("capacity_logits", capacity_logits)
+    check_shape("capacity_logits", capacity_logits, routing.num_tokens, routing.num_experts)
+    check_same_device(capacity_logits=capacity_logits, routing=routing.gates)
+    return run("capacity_loss", backend, _CAPACITY_LOSS, capacity_logits, routing)
+
+
+def capacity_quantile(capacity_logits: Tensor, expert_capacity: int, *, backend: Backend = "auto") -> Tensor:
+    """The prediction above which an expert's ``expert_capacity`` tokens lie: what its threshold moves towards.
+
+    Args:
+        capacity_logits: (T, E) floating.
+        expert_capacity: at most T.
+        backend: see `diffmoe_kernels.backend`.
+
+    Returns:
+        (E,) float32 (float64 for float64): the expert_capacity-th largest sigmoid, 1 where expert_capacity is 0. No
+        gradient flows through it.
+
+    Raises:
+        TypeError: logits that are not floating.
+        ValueError: logits that are not (T, E), or a capacity beyond T.
+    """
+    check_floating("capacity_logits", capacity_logits)
+    check_shape("capacity_logits", capacity_logits, "T", "E")
+    _check_capacity("expert_capacity", expert_capacity, capacity_logits.shape[0])
+    return run("capacity_quantile", backend, _CAPACITY_QUANTILE, capacity_logits, expert_capacity)
 
 
 def token_choice_drop(
@@ -130,3 +183,5 @@ def _check_capacity(name: str, capacity: int, most: int) -> None:
 _TOKEN_DROP = {"reference": Implementation(token_drop_reference)}
 _PREDICTED = {"reference": Implementation(token_drop_predicted_reference)}
 _TOKEN_CHOICE = {"reference": Implementation(token_choice_drop_reference)}
+_CAPACITY_LOSS = {"reference": Implementation(capacity_loss_reference)}
+_CAPACITY_QUANTILE = {"reference": Implementation(capacity_quantile_reference)}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe_kernels.checks import at_least_float32
@@ -22,18 +25,38 @@ def token_drop_reference(router_scores: Tensor, expert_capacity: int, num_pools:
 
 
 def token_drop_predicted_reference(
-    router_scores: Tensor, capacity_logits: Tensor, thresholds: Tensor, max_capacity: int
+    router_scores: Tensor, capacity_logits: Tensor, thresholds: Tensor, max_capacity: int, rule: str
 ) -> tuple[Routing, Tensor]:
     """(T, E) scores and capacity predictions -> routing of a predicted count per expert, number of rows dropped."""
     num_tokens = router_scores.shape[0]
     scores = at_least_float32(router_scores).t()  # (E, T)
-    wanted = (at_least_float32(capacity_logits).sigmoid() > thresholds).sum(0)  # (E,)
+    passed = (at_least_float32(capacity_logits).sigmoid() > thresholds).t()  # (E, T)
+    wanted = passed.sum(1)  # (E,)
     counts = wanted.clamp(max=max_capacity)
-    best = _largest_first(scores.detach(), dim=1)[:, :max_capacity]  # (E, C)
+    # By the token rule those that passed come first, and there are as many places as they are.
+    ranking = scores.detach() if rule == "pool" else scores.detach().masked_fill(~passed, -math.inf)
+    best = _largest_first(ranking, dim=1)[:, :max_capacity]  # (E, C)
     chosen = torch.arange(max_capacity, device=best.device) < counts.unsqueeze(1)
     tokens = best.where(chosen, num_tokens).sort(dim=1).values  # the chosen first, ascending
     tokens = tokens.clamp(max=max(num_tokens - 1, 0))
     return Routing.from_expert_choice(tokens, scores.gather(1, tokens), num_tokens, counts), (wanted - counts).sum()
+
+
+def capacity_loss_reference(capacity_logits: Tensor, routing: Routing) -> Tensor:
+    """() mean over tokens and experts of the binary cross-entropy of the predictions against who was chosen."""
+    logits = at_least_float32(capacity_logits)  # (T, E)
+    rows = routing.row_is_valid
+    chosen = logits[routing.token_indices.long(), routing.row_experts.clamp(max=logits.shape[1] - 1)]  # (R,)
+    # BCE with logits z and target y is softplus(z) - y z, and y is 1 at the routed rows alone.
+    return (F.softplus(logits).sum() - chosen.where(rows, 0).sum()) / max(logits.numel(), 1)
+
+
+def capacity_quantile_reference(capacity_logits: Tensor, expert_capacity: int) -> Tensor:
+    """(T, E) -> (E,): the ``expert_capacity``-th largest prediction of each expert; 1 where none is to pass."""
+    probabilities = at_least_float32(capacity_logits.detach()).sigmoid()
+    if expert_capacity == 0:
+        return probabilities.new_ones(probabilities.shape[1])
+    return probabilities.topk(expert_capacity, dim=0).values[-1]
 
 
 def token_choice_drop_reference(

@@ -1,0 +1,230 @@
+"""The expert-choice MoE layer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diffmoe_kernels import ops
+from diffmoe_kernels.backend import Backend
+from diffmoe_kernels.checks import at_least_float32, check_choice
+from diffmoe_kernels.modules.buffers import Float32Buffers
+from diffmoe_kernels.modules.feed_forward import Experts, FeedForward
+from diffmoe_kernels.modules.linear import Linear
+from diffmoe_kernels.modules.router import ExpertChoiceRouter
+from diffmoe_kernels.ops.token_drop import RULES
+from diffmoe_kernels.routing import Routing
+
+POOLS = ("batch", "sample")
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertChoiceAux:
+    """What one forward of an `ExpertChoiceMoE` layer tells about itself.
+
+    Attributes:
+        expert_load: (E,) float32, how many tokens each expert took.
+        num_dropped: () int64, tokens that the bound on the predicted capacity dropped.
+        loss: () float32, the capacity predictor's loss, in training with a predictor; else None.
+        capacity_quantile: (E,) float32, the prediction that an expert's last chosen place corresponds to, in training
+            with a predictor; else None.
+    """
+
+    expert_load: Tensor
+    num_dropped: Tensor
+    loss: Tensor | None
+    capacity_quantile: Tensor | None
+
+
+class ExpertChoiceMoE(Float32Buffers):
+    """Mixture of experts in which each expert chooses its tokens (DiffMoE, arXiv:2503.14487; EC-DiT, arXiv:2410.02098).
+
+    Drop-in for a feed-forward layer: (..., hidden_size) in and out. In training each expert takes the
+    int(S / num_experts * capacity_factor) tokens of a pool of S that score highest for it. At inference the capacity
+    predictor and the thresholds, an average of what training saw, say how many.
+
+    Submodules: ``router`` (`ExpertChoiceRouter`), ``experts`` (`Experts`), ``shared_expert`` (`FeedForward` or None),
+    ``capacity_predictor`` (two linear layers, or None). Buffers with a predictor: ``expert_threshold`` (E,) and
+    ``threshold_decay`` (1,), both float32.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: I, of each expert.
+        num_experts: E.
+        capacity_factor: experts per token on average; an attribute that a schedule may set.
+        pool: "batch" chooses among all tokens of the batch (DiffMoE), "sample" among each sample's (EC-DiT).
+        predictor: predict the capacity at inference; without it inference is as training.
+        activation: "gelu_tanh", "swiglu" or "silu".
+        bias: whether the experts' and the shared expert's projections have biases.
+        shared_intermediate_size: width of an expert that sees every token, added unscaled; 0 for none.
+        inference: "pool": the predictor sets each expert's count, the score picks the tokens (official; a sample's
+            result depends on its batch). "token": each token goes to the experts whose threshold its own prediction
+            passes (a sample's result does not depend on its batch).
+        max_capacity_factor: at inference an expert takes at most int(S / E * max_capacity_factor) tokens, drops those
+            of the lowest score and counts them; None bounds it by S, all tokens.
+        threshold_decay: of the thresholds' moving average.
+        backend: of the experts; see `diffmoe_kernels.backend`.
+
+    Raises:
+        ValueError: sizes that do not fit each other, unknown names.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        *,
+        capacity_factor: float = 1.0,
+        pool: str = "batch",
+        predictor: bool = True,
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        shared_intermediate_size: int = 0,
+        inference: str = "pool",
+        max_capacity_factor: float | None = None,
+        threshold_decay: float = 0.95,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if shared_intermediate_size < 0:
+            raise ValueError(f"shared_intermediate_size: expected 0 or more, got {shared_intermediate_size}")
+        for name, factor in (("capacity_factor", capacity_factor), ("max_capacity_factor", max_capacity_factor)):
+            if factor is not None and not factor > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {factor}")
+        if not 0 <= threshold_decay < 1:
+            raise ValueError(f"threshold_decay: expected a number in [0, 1), got {threshold_decay}")
+        check_choice("pool", pool, POOLS)
+        check_choice("inference", inference, RULES)
+        if predictor and pool == "sample":
+            raise ValueError("predictor: expected False with pool 'sample', whose capacity is fixed, got True")
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.capacity_factor = capacity_factor
+        self.pool = pool
+        self.inference = inference
+        self.max_capacity_factor = max_capacity_factor
+        factory = {"device": device, "dtype": dtype}
+        network = {"activation": activation, "bias": bias, **factory}
+        self.router = ExpertChoiceRouter(hidden_size, num_experts, **factory)
+        self.experts = Experts(hidden_size, intermediate_size, num_experts, backend=backend, **network)
+        self.shared_expert = (
+            FeedForward(hidden_size, shared_intermediate_size, **network) if shared_intermediate_size else None
+        )
+        self.capacity_predictor: nn.Module | None = None
+        self._thresholds_seen = not predictor
+        if predictor:
+            self.capacity_predictor = nn.Sequential(
+                Linear(hidden_size, hidden_size, **factory), nn.SiLU(), Linear(hidden_size, num_experts, **factory)
+            )
+            thresholds = torch.zeros(num_experts, device=device, dtype=torch.float32)
+            self.register_buffer("expert_threshold", thresholds)
+            self.register_buffer("threshold_decay", torch.full((1,), threshold_decay, device=device))
+
+    def forward(
+        self, x: Tensor, *, residual: Tensor | None = None, return_aux: bool = False
+    ) -> Tensor | tuple[Tensor, ExpertChoiceAux]:
+        """Lets the experts choose, computes and recombines.
+
+        Args:
+            x: (..., N, D) floating; with pool "sample" the samples have N tokens each.
+            residual: x's shape, added to the result in the combine.
+            return_aux: return (y, `ExpertChoiceAux`) instead of y.
+
+        Returns:
+            y: x's shape, in x's dtype, or autocast's.
+
+        Raises:
+            ValueError: a last dimension other than D, or a residual of another shape.
+        """
+        if x.dim() < 2 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x: expected shape (..., N, {self.hidden_size}), got {tuple(x.shape)}")
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"residual: expected shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+        tokens = x.reshape(-1, self.hidden_size)  # (T, D)
+        added = None if residual is None else residual.reshape(tokens.shape)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(tokens)
+            added = shared if added is None else added + shared
+        scores = self.router(tokens)  # (T, E)
+        if self.training or self.capacity_predictor is None:
+            num_pools = math.prod(x.shape[:-2]) if self.pool == "sample" else 1
+            routing = ops.token_drop(scores, self._capacity(len(tokens) // max(num_pools, 1)), num_pools=num_pools)
+            num_dropped = scores.new_zeros((), dtype=torch.int64)
+        else:
+            routing, num_dropped = self._infer(tokens, scores)
+        y = self.experts(tokens, routing, added).view(x.shape)
+        return (y, self._aux(tokens, routing, num_dropped)) if return_aux else y
+
+    @torch.no_grad()
+    def update_routing_state(self, aux: ExpertChoiceAux | Sequence[ExpertChoiceAux]) -> None:
+        """Moves the thresholds towards what training chose. The trainer calls it once per optimizer step.
+
+        Args:
+            aux: the record of the step's forward in training mode, or those of its micro-batches. Quantiles are
+                averaged over them, and the thresholds over the ranks where a process group is initialised.
+
+        Raises:
+            ValueError: no record, or one of a forward in evaluation mode.
+        """
+        records = [aux] if isinstance(aux, ExpertChoiceAux) else aux
+        if not records:
+            raise ValueError("aux: expected at least one record of a forward with return_aux=True, got none")
+        if self.capacity_predictor is None:
+            return
+        if any(record.capacity_quantile is None for record in records):
+            raise ValueError("aux: expected records of forwards in training mode, got one of an evaluation")
+        quantile = torch.stack([record.capacity_quantile for record in records]).mean(0)
+        decay = at_least_float32(self.threshold_decay)
+        threshold = at_least_float32(self.expert_threshold) * decay + (1 - decay) * quantile
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(threshold)
+            threshold /= dist.get_world_size()
+        self.expert_threshold = threshold
+
+    def _capacity(self, pool_size: int, factor: float | None = None) -> int:
+        factor = self.capacity_factor if factor is None else factor
+        return min(int(pool_size / self.num_experts * factor), pool_size)
+
+    def _infer(self, tokens: Tensor, scores: Tensor) -> tuple[Routing, Tensor]:
+        self._warn_of_first_thresholds()
+        bound = None if self.max_capacity_factor is None else self._capacity(len(tokens), self.max_capacity_factor)
+        return ops.token_drop_predicted(
+            scores,
+            self.capacity_predictor(tokens.detach()),
+            self.expert_threshold,
+            rule=self.inference,
+            max_capacity=bound,
+        )
+
+    def _warn_of_first_thresholds(self) -> None:
+        """Once, since it reads values: thresholds of 0 send every token to every expert."""
+        if self._thresholds_seen or torch.compiler.is_compiling() or self.expert_threshold.is_meta:
+            return
+        self._thresholds_seen = True
+        if not self.expert_threshold.any():
+            warnings.warn(
+                "ExpertChoiceMoE is evaluated with thresholds that were never updated: every token goes to every "
+                "expert. Call update_routing_state(aux) once per training step, or load a trained checkpoint.",
+                stacklevel=4,
+            )
+
+    def _aux(self, tokens: Tensor, routing: Routing, num_dropped: Tensor) -> ExpertChoiceAux:
+        loss = quantile = None
+        if self.training and self.capacity_predictor is not None:
+            logits = self.capacity_predictor(tokens.detach())  # (T, E); no gradient to the tokens
+            loss = ops.capacity_loss(logits, routing)
+            quantile = ops.capacity_quantile(logits, self._capacity(len(tokens)))
+        return ExpertChoiceAux(routing.group_sizes.float(), num_dropped, loss, quantile)
