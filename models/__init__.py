@@ -8,15 +8,31 @@ from typing import Any
 
 from torch import nn
 
-from diffmoe_kernels.modules import Experts, TopKRouter
+from diffmoe_kernels import ExpertChoiceMoE, MoE
+from models.diffmoe import DIFFMOE_CONFIGS, DiffMoE, DiffMoEConfig
 from models.dit import DIT_CONFIGS, DiT, DiTConfig, ModelAux
 from models.dsmoe import DSMOE_CONFIGS, DSMoE, DSMoEConfig
+from models.ecdit import ECDIT_CONFIGS, ECDiT, ECDiTConfig
+from models.tcdit import TCDIT_CONFIGS, TCDiT, TCDiTConfig
 
-__all__ = ["CONFIGS", "DSMoE", "DSMoEConfig", "DiT", "DiTConfig", "ModelAux"]
+__all__ = ["CONFIGS", "DSMoE", "DSMoEConfig", "DiT", "DiTConfig", "DiffMoE", "DiffMoEConfig", "ModelAux"]
+__all__ += ["ECDiT", "ECDiTConfig", "TCDiT", "TCDiTConfig"]
 __all__ += ["count_parameters", "create_model", "list_models", "model_class"]
 
-CONFIGS: dict[str, DiTConfig] = {**DIT_CONFIGS, **DSMOE_CONFIGS}
-_MODELS: dict[type[DiTConfig], type[DiT]] = {DiTConfig: DiT, DSMoEConfig: DSMoE}
+CONFIGS: dict[str, DiTConfig] = {
+    **DIT_CONFIGS,
+    **DSMOE_CONFIGS,
+    **DIFFMOE_CONFIGS,
+    **TCDIT_CONFIGS,
+    **ECDIT_CONFIGS,
+}
+_MODELS: dict[type[DiTConfig], type[DiT]] = {
+    DiTConfig: DiT,
+    DSMoEConfig: DSMoE,
+    DiffMoEConfig: DiffMoE,
+    TCDiTConfig: TCDiT,
+    ECDiTConfig: ECDiT,
+}
 
 
 def list_models() -> list[str]:
@@ -56,13 +72,14 @@ def create_model(name: str, **overrides: Any) -> DiT:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(total, activated) parameters, frozen ones included.
 
-    Activated: total - routed + routed * top_k / num_experts, the share of a MoE layer's experts that one token uses.
+    Activated: total - routed + routed * k / num_experts, k being top_k or, in expert choice, the capacity factor: the
+    share of a mixture's experts that one token uses, on average.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     inactive = 0.0
     for module in model.modules():
-        router, experts = getattr(module, "router", None), getattr(module, "experts", None)
-        if isinstance(router, TopKRouter) and isinstance(experts, Experts):
-            routed = sum(parameter.numel() for parameter in experts.parameters())
-            inactive += routed * (1 - router.top_k / router.num_experts)
+        if isinstance(module, MoE | ExpertChoiceMoE):
+            routed = sum(parameter.numel() for parameter in module.experts.parameters())
+            used = module.router.top_k if isinstance(module, MoE) else module.capacity_factor
+            inactive += routed * (1 - used / module.experts.down_proj.shape[0])
     return total, round(total - inactive)

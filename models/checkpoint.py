@@ -212,8 +212,10 @@ def _layout(module: nn.Module, ours: str = "", official: str = "") -> Iterator[t
         yield from _network_layout(module, ours, official, ())
         return
     is_mixture = isinstance(module, MoE | ExpertChoiceMoE)
+    # TC-DiT's router has no selection bias: ours keeps what it has, zeros.
+    absent = "expert_bias" if getattr(module, "score_function", None) == "softmax" else None
     for name in module.state_dict(keep_vars=True):
-        if "." not in name:
+        if "." not in name and name != absent:
             yield official + _BUFFERS.get(name, name), _Piece(ours + name)
     for name, child in module.named_children():
         if isinstance(module, ExpertChoiceMoE) and name == "router":

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmoe_kernels import MoEAux, RoPEAttention, ops
+from diffmoe_kernels import ExpertChoiceAux, ExpertChoiceMoE, MoE, MoEAux, RoPEAttention, ops
 from diffmoe_kernels.backend import Backend
 from diffmoe_kernels.checks import check_floating, check_integer, check_shape
-from diffmoe_kernels.modules import Experts, FeedForward, TopKRouter
+from diffmoe_kernels.modules import ExpertChoiceRouter, Experts, FeedForward, TopKRouter
 from models.layers import (
     AdaLNModulation,
     FinalLayer,
@@ -83,36 +83,44 @@ class ModelAux:
 
     Attributes:
         layers: one record per block; None for a dense block.
+        loss_weight: of the layers' losses in the sum.
     """
 
-    layers: tuple[MoEAux | None, ...]
+    layers: tuple[MoEAux | ExpertChoiceAux | None, ...]
+    loss_weight: float = 1.0
 
     @property
     def loss(self) -> Tensor | None:
-        """() float32: the sum of the layers' weighted auxiliary losses, or None where there are none."""
+        """() float32: the weighted sum of the layers' auxiliary losses, or None where there are none."""
         losses = [layer.loss for layer in self.layers if layer is not None and layer.loss is not None]
-        return torch.stack(losses).sum() if losses else None
+        return self.loss_weight * torch.stack(losses).sum() if losses else None
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each behind adaLN-Zero."""
+    """Attention, and an MLP or a mixture of experts, each behind adaLN-Zero."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, mlp: nn.Module) -> None:
         super().__init__()
-        hidden_size = config.hidden_size
         self.attn = RoPEAttention(
-            hidden_size, config.num_heads, head_dim=config.head_dim, rope=None, backend=config.backend
+            config.hidden_size, config.num_heads, head_dim=config.head_dim, rope=None, backend=config.backend
         )
-        width = int(hidden_size * config.mlp_ratio)
-        self.mlp = FeedForward(hidden_size, width) if config.swiglu else Mlp(hidden_size, width, "gelu_tanh")
-        self.adaLN_modulation = AdaLNModulation(hidden_size, 6)
+        self.mlp = mlp
+        self.adaLN_modulation = AdaLNModulation(config.hidden_size, 6)
 
-    def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, None]:
-        """(B, N, D), (B, D) -> (B, N, D), no record."""
+    def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, MoEAux | ExpertChoiceAux | None]:
+        """(B, N, D), (B, D) -> (B, N, D), and the mixture's record where there is one and it is asked for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         y = self.attn(ops.adaln(x, shift_attn, scale_attn))
         x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp)
-        return ops.gated_residual(x, self.mlp(h), gate_mlp), None
+        has_aux = return_aux and isinstance(self.mlp, MoE | ExpertChoiceMoE)
+        y, aux = self.mlp(h, return_aux=True) if has_aux else (self.mlp(h), None)
+        return ops.gated_residual(x, y, gate_mlp), aux
+
+
+def dense_mlp(config: DiTConfig) -> nn.Module:
+    """DiT's MLP, or a SwiGLU without biases of the same width."""
+    width = int(config.hidden_size * config.mlp_ratio)
+    return FeedForward(config.hidden_size, width) if config.swiglu else Mlp(config.hidden_size, width, "gelu_tanh")
 
 
 class DiT(nn.Module):
@@ -136,11 +144,14 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
         self.reset_parameters()
 
+    aux_loss_weight = 1.0
+    mixes_samples = False  # whether a sample's result depends on the others of its batch
+
     def has_position_table(self) -> bool:
         return True
 
     def make_block(self, index: int) -> nn.Module:
-        return DiTBlock(self.config)
+        return DiTBlock(self.config, dense_mlp(self.config))
 
     @property
     def null_label(self) -> int | None:
@@ -154,7 +165,7 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, TopKRouter):
+            elif isinstance(module, TopKRouter | ExpertChoiceRouter):
                 module.reset_parameters()
         for module in self.modules():
             if isinstance(module, FeedForward):
@@ -201,7 +212,7 @@ class DiT(nn.Module):
             x, layer_aux = block(x, c, return_aux)
             layers.append(layer_aux)
         out = unpatchify(self.final_layer(x, c), self.config.patch_size)
-        return (out, ModelAux(tuple(layers))) if return_aux else out
+        return (out, ModelAux(tuple(layers), self.aux_loss_weight)) if return_aux else out
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, labels: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance as the official code does it.

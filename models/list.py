@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from models import CONFIGS, DSMoEConfig, count_parameters, create_model
+from models import CONFIGS, count_parameters, create_model
 
-HEADING = ("model", "total (M)", "activated (M)", "depth", "width", "heads", "experts", "expert width", "top-k")
+HEADING = (
+    "model",
+    "total (M)",
+    "activated (M)",
+    "depth",
+    "width",
+    "heads",
+    "experts",
+    "expert width",
+    "top-k, capacity",
+)
 
 
 def model_table() -> str:
@@ -16,8 +26,10 @@ def model_table() -> str:
         with torch.device("meta"):
             total, activated = count_parameters(create_model(name))
         sizes = [config.depth, config.hidden_size, config.num_heads]
-        if isinstance(config, DSMoEConfig):
-            sizes += [config.num_experts, config.moe_intermediate_size, config.top_k]
+        if hasattr(config, "num_experts"):
+            width = getattr(config, "moe_intermediate_size", int(config.hidden_size * config.mlp_ratio))
+            used = config.top_k if hasattr(config, "top_k") else f"capacity {config.capacity_factor:g}"
+            sizes += [config.num_experts, width, used]
         lines.append((name, f"{total / 1e6:.2f}", f"{activated / 1e6:.2f}", *map(str, sizes)))
     widths = [max(len(line[column]) for line in lines if column < len(line)) for column in range(len(HEADING))]
     padded = [[*line, *[""] * (len(HEADING) - len(line))] for line in lines]

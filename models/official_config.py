@@ -6,8 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from models import DiTConfig, DSMoEConfig, model_class
-from models.dit import DiT
+from models import DiffMoEConfig, DiT, DiTConfig, DSMoEConfig, ECDiTConfig, TCDiTConfig, model_class
 
 # Refused where true: bugs or kernels that this project does not take over.
 _REFUSED = {
@@ -15,19 +14,10 @@ _REFUSED = {
     "use_kda": "Kimi delta attention",
     "use_flash_attn": "its flash attention variant",
 }
-# Read by the official constructors and without any effect there, or only on the initial weights and the loss.
-_IGNORED = {"sliding_window", "kda_kwargs", "init_MoeMLP", "use_capacity_schedule", "CapacityPred_loss_weight"}
+# Read by the official constructors and without any effect there, or only on the initial weights.
+_IGNORED = {"sliding_window", "kda_kwargs", "init_MoeMLP", "use_capacity_schedule", "pretraining_tp"}
 _IGNORED_MOE = {"hidden_size", "capacity", "capacity_schedule", "skip_last2", "use_type", "group_bins", "local_top_p"}
-_TO_COME = ("models.models_DiffMoE.DiT", "models.models_TCDiT.DiT", "models.models_ECDiT.DiT", "model_jit.JiT")
-_MOE_FIELDS = {
-    "num_experts": "num_experts",
-    "num_experts_per_tok": "top_k",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "n_group": "num_groups",
-    "topk_group": "top_groups",
-    "routed_scaling_factor": "scaling_factor",
-    "interleave": "interleave",
-}
+_TO_COME = ("model_jit.JiT",)
 _DIT_FIELDS = (
     *("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "head_dim", "mlp_ratio"),
     *("class_dropout_prob", "num_classes", "learn_sigma"),
@@ -60,38 +50,95 @@ def _dit_config(params: dict[str, Any]) -> DiTConfig:
 
 def _dsmoe_config(params: dict[str, Any]) -> DSMoEConfig:
     fields = _take_dit_fields(params)
-    moe = params.pop("MoE_config", None)
-    if not isinstance(moe, Mapping):
-        raise ValueError(f"MoE_config: expected a mapping, got {moe!r}")
-    moe = dict(moe)
-    rest = _take_rest(params, "rope_type", "enable_gqa", "norm_type", "use_swiglu")
-    num_heads = fields.get("num_heads", DSMoEConfig.num_heads)
-    if rest.get("enable_gqa"):
-        if fields.get("head_dim") is not None:
-            raise ValueError("enable_gqa: expected no head_dim beside it, the official code can't build that")
-        fields["num_kv_heads"] = num_heads // 2
-    rope = rest.get("rope_type", "none")
-    missing = [name for name in _MOE_FIELDS if name not in moe]
-    if missing:
-        raise ValueError(f"MoE_config: expected {', '.join(missing)}, which the official code requires")
-    fields |= {ours: moe.pop(official) for official, ours in _MOE_FIELDS.items()}
-    # A flag that means two blocks, or a number of blocks.
-    dense = moe.pop("skip_first2", False)
+    required = {
+        "num_experts": "num_experts",
+        "num_experts_per_tok": "top_k",
+        "moe_intermediate_size": "moe_intermediate_size",
+        "n_group": "num_groups",
+        "topk_group": "top_groups",
+        "routed_scaling_factor": "scaling_factor",
+        "interleave": "interleave",
+    }
+    mixture, moe = _take_mixture(params, required)
+    dense = moe.pop("skip_first2", False)  # a flag that means two blocks, or a number of blocks
     if not isinstance(dense, int):
         raise ValueError(f"MoE_config.skip_first2: expected a flag or a number of blocks, got {dense!r}")
     shared = moe.pop("use_shared_expert", True)
-    if moe.pop("init_MoeMLP", False):
-        raise ValueError("MoE_config.init_MoeMLP: expected False, the official DSMoE can't be built with True")
     _refuse(moe)
-    _check_known("MoE_config.", set(moe) - _IGNORED_MOE, [*_MOE_FIELDS, "skip_first2", "use_shared_expert"])
+    _check_known("MoE_config.", set(moe) - _IGNORED_MOE, [*required, "skip_first2", "use_shared_expert"])
+    params.pop("use_swiglu", None)  # its dense MLP is SiLU whatever this says
+    params.pop("CapacityPred_loss_weight", None)  # it has no such loss
+    rest = _take_rest(params, "rope_type", "enable_gqa", "norm_type")
+    if rest.get("enable_gqa"):
+        if fields.get("head_dim") is not None:
+            raise ValueError("enable_gqa: expected no head_dim beside it, the official code can't build that")
+        fields["num_kv_heads"] = fields.get("num_heads", DSMoEConfig.num_heads) // 2
+    rope = rest.get("rope_type", "none")
     return DSMoEConfig(
         **fields,
+        **mixture,
         num_dense_blocks=2 * dense if isinstance(dense, bool) else dense,
         shared_expert=shared,
         rope=None if rope == "none" else rope,
         norm=rest.get("norm_type", "layernorm"),
         masked_group_fill=0.0,
     )
+
+
+def _diffmoe_config(params: dict[str, Any]) -> DiffMoEConfig:
+    fields, mixture, num_shared, schedule = _take_baseline(params, "capacity_factor")
+    stages = None
+    if schedule:
+        stages = tuple(schedule[f"capacity_schedule_stage_{stage}_iters"] for stage in ("I", "II"))
+    rest = _take_rest(params, "use_swiglu", "CapacityPred_loss_weight")
+    return DiffMoEConfig(
+        **fields,
+        **mixture,
+        shared_expert=num_shared > 0,
+        swiglu=bool(rest.get("use_swiglu", False)),
+        capacity_loss_weight=rest.get("CapacityPred_loss_weight", 0.01),
+        capacity_schedule=stages,
+    )
+
+
+def _ecdit_config(params: dict[str, Any]) -> ECDiTConfig:
+    fields, mixture, num_shared, _ = _take_baseline(params, "capacity_factor")
+    swiglu = bool(_take_rest(params, "use_swiglu").get("use_swiglu", False))
+    return ECDiTConfig(**fields, **mixture, num_shared_experts=num_shared, swiglu=swiglu)
+
+
+def _tcdit_config(params: dict[str, Any]) -> TCDiTConfig:
+    fields, mixture, num_shared, _ = _take_baseline(params, "top_k")
+    swiglu = bool(_take_rest(params, "use_swiglu").get("use_swiglu", False))
+    return TCDiTConfig(**fields, **mixture, num_shared_experts=num_shared, swiglu=swiglu)
+
+
+def _take_baseline(
+    params: dict[str, Any], capacity: str
+) -> tuple[dict[str, Any], dict[str, Any], int, Mapping[str, int] | None]:
+    """DiT's fields, the mixture's with its capacity named ``capacity``, the shared experts, the capacity schedule."""
+    fields = _take_dit_fields(params)
+    required = {"num_experts": "num_experts", "capacity": capacity, "interleave": "interleave"}
+    mixture, moe = _take_mixture(params, required)
+    num_shared = moe.pop("n_shared_experts", 0) or 0
+    schedule = moe.pop("capacity_schedule", None)
+    _refuse(moe)
+    _check_known("MoE_config.", set(moe) - _IGNORED_MOE, [*required, "n_shared_experts", "capacity_schedule"])
+    return fields, mixture, num_shared, schedule
+
+
+def _take_mixture(params: dict[str, Any], required: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Pops MoE_config: (our fields of the required keys, what else it holds)."""
+    moe = params.pop("MoE_config", None)
+    if not isinstance(moe, Mapping):
+        raise ValueError(f"MoE_config: expected a mapping, got {moe!r}")
+    moe = dict(moe)
+    missing = [name for name in required if name not in moe]
+    if missing:
+        raise ValueError(f"MoE_config: expected {', '.join(missing)}, which the official code requires")
+    if moe.pop("init_MoeMLP", False):
+        raise ValueError("MoE_config.init_MoeMLP: expected False, the official code can't be built with True")
+    return {ours: moe.pop(official) for official, ours in required.items()}, moe
 
 
 def _take_dit_fields(params: dict[str, Any]) -> dict[str, Any]:
@@ -125,4 +172,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
 _TARGETS: dict[str, Callable[[dict[str, Any]], DiTConfig]] = {
     "models.models_DiT.DiT": _dit_config,
     "models.models_DSMoE.DiT": _dsmoe_config,
+    "models.models_DiffMoE.DiT": _diffmoe_config,
+    "models.models_TCDiT.DiT": _tcdit_config,
+    "models.models_ECDiT.DiT": _ecdit_config,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffmoe_kernels.checks import at_least_float32
 
@@ -18,3 +18,11 @@ class Float32Buffers(nn.Module):
             if after.dtype.itemsize < 4:
                 setattr(self, name, at_least_float32(buffer).to(after.device))
         return self
+
+    def assign_buffer(self, name: str, value: Tensor) -> None:
+        """Gives a buffer a float32 value: in place, where a CUDA graph looks for it, unless it was loaded in half."""
+        buffer = getattr(self, name)
+        if buffer.dtype == value.dtype:
+            buffer.copy_(value)
+        else:
+            setattr(self, name, value)

@@ -131,7 +131,9 @@ class ExpertChoiceMoE(Float32Buffers):
             )
             thresholds = torch.zeros(num_experts, device=device, dtype=torch.float32)
             self.register_buffer("expert_threshold", thresholds)
-            self.register_buffer("threshold_decay", torch.full((1,), threshold_decay, device=device))
+            self.register_buffer(
+                "threshold_decay", torch.full((1,), threshold_decay, device=device, dtype=torch.float32)
+            )
 
     def forward(
         self, x: Tensor, *, residual: Tensor | None = None, return_aux: bool = False
@@ -160,8 +162,8 @@ class ExpertChoiceMoE(Float32Buffers):
             added = shared if added is None else added + shared
         scores = self.router(tokens)  # (T, E)
         if self.training or self.capacity_predictor is None:
-            num_pools = math.prod(x.shape[:-2]) if self.pool == "sample" else 1
-            routing = ops.token_drop(scores, self._capacity(len(tokens) // max(num_pools, 1)), num_pools=num_pools)
+            num_pools = max(math.prod(x.shape[:-2]), 1) if self.pool == "sample" else 1
+            routing = ops.token_drop(scores, self._capacity(len(tokens) // num_pools), num_pools=num_pools)
             num_dropped = scores.new_zeros((), dtype=torch.int64)
         else:
             routing, num_dropped = self._infer(tokens, scores)
@@ -192,7 +194,7 @@ class ExpertChoiceMoE(Float32Buffers):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(threshold)
             threshold /= dist.get_world_size()
-        self.expert_threshold = threshold
+        self.assign_buffer("expert_threshold", threshold)
 
     def _capacity(self, pool_size: int, factor: float | None = None) -> int:
         factor = self.capacity_factor if factor is None else factor

@@ -195,7 +195,7 @@ class MoE(nn.Module):
             dist.all_reduce(load)
         # A checkpoint in half precision leaves a bias that would not feel the step.
         bias = at_least_float32(self.router.expert_bias)
-        self.router.expert_bias = bias + self.balance.bias_rate * (load.mean() - load).sign()
+        self.router.assign_buffer("expert_bias", bias + self.balance.bias_rate * (load.mean() - load).sign())
 
     def _bound(self, choice: ops.RouterTopK) -> tuple[Routing, Tensor]:
         """The routing within the experts' capacity, and how many choices that dropped."""

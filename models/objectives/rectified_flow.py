@@ -95,7 +95,7 @@ class RectifiedFlow:
             steps: number of solver steps, at least 1.
             method: "euler" calls the model once per step, "heun" twice (the last time at t = 1).
             cfg_scale: guidance s of u + s * (c - u), on all channels; 1 is plain conditional sampling, and then
-                the model runs on N samples, else on 2N.
+                the model runs on N samples, else on 2N (or twice on N, where `model.mixes_samples`).
             null_labels: (N,) labels of the unconditional half; `model.null_label` by default.
 
         Returns:
@@ -112,16 +112,22 @@ class RectifiedFlow:
         if guided:
             null_labels = _null_labels(model, noise) if null_labels is None else null_labels
             _check_sampling_labels("null_labels", null_labels, noise, model)
-            labels = torch.cat([labels, null_labels])
+        # Where a sample's result depends on its batch, the halves must not choose among each other's tokens.
+        apart = guided and getattr(model, "mixes_samples", False)
+
+        def predict(z: Tensor, time: float, labels: Tensor) -> Tensor:
+            t = torch.full((len(z),), time, device=z.device)
+            return model(z, t, labels)[:, : z.shape[1]].float()
 
         def velocity(z: Tensor, time: float) -> Tensor:
             z = z.to(noise.dtype)
-            z = torch.cat([z, z]) if guided else z
-            t = torch.full((len(z),), time, device=z.device)
-            v = model(z, t, labels)[:, : z.shape[1]].float()
             if not guided:
-                return v
-            conditional, unconditional = v.chunk(2)
+                return predict(z, time, labels)
+            if apart:
+                conditional, unconditional = predict(z, time, labels), predict(z, time, null_labels)
+            else:
+                both = predict(torch.cat([z, z]), time, torch.cat([labels, null_labels]))
+                conditional, unconditional = both.chunk(2)
             return unconditional + cfg_scale * (conditional - unconditional)
 
         step = _euler_step if method == "euler" else _heun_step

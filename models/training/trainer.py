@@ -146,6 +146,8 @@ class Trainer:
 
         Times and noise are drawn for the whole batch, so that cutting it into parts does not change them.
         """
+        if hasattr(self.model, "set_training_step"):  # a capacity schedule
+            self.model.set_training_step(self.step)
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         t, noise = torch.rand(len(images), device=self.device), torch.randn_like(images)
         totals, auxes = torch.zeros(2, device=self.device), []

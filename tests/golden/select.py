@@ -20,25 +20,38 @@ CASES = (
     *(f"dsmoe_layer_{kind}" for kind in ("g1", "g2", "maskfill", "s0", "top1", "zero_bias")),
     *("jit_dsmoe_layer_g1", "jit_dsmoe_layer_g2", "jit_dsmoe_layer_s0", "components", "moemlp_tp2"),
     *("diffmoe_block_e4", "diffmoe_block_e4_shared1", "diffmoe_block_e8", "ec_block", "ec_block_shared"),
-    *("model_dense_dit", "model_dsmoe_dit_rope2d", "model_dsmoe_dit_sincos", "rf_simple", "rf_dsmoe_train"),
+    *("model_dense_dit", "model_dsmoe_dit_rope2d", "model_dsmoe_dit_sincos", "model_diffmoe_dit", "model_ecdit"),
+    *(
+        "model_tcdit",
+        "rf_simple",
+        "rf_capacity_loss",
+        "rf_dsmoe_train",
+        "rf_diffmoe_train",
+        "tc_block",
+        "tc_block_swiglu",
+    ),
 )
-# Of a whole model: the embedders, one dense and one MoE block with two of its experts, and the last layer.
+# Of a whole model: an embedder, the last layer, and of one MoE block the attention, the modulation, the router, the
+# predictor, the shared expert and one routed expert. Of similar layers: the further backward passes of one.
 MODEL_GRADS = re.compile(
-    r"grad\.(input\.|[xy]_embedder|t_embedder\.mlp\.0|final_layer|blocks\.0\.|blocks\.1\.(attn|adaLN|norm|mlp\.(gate|shared))"
-    r"|blocks\.1\.mlp\.experts\.(blocks\.)?[03]\.)"
+    r"grad\.(input\.|x_embedder|t_embedder\.mlp\.0\.bias|final_layer\.linear|blocks\.0\.mlp\.fc1\.bias"
+    r"|blocks\.1\.(attn\.qkv|adaLN_modulation\.1\.bias|norm|mlp\.(gate|shared|capacity))"
+    r"|blocks\.1\.mlp\.experts\.(blocks\.)?3\.)"
 )
+LEFT_OUT = re.compile(r"(aux|tc_block\w*/grad_eval|diffmoe_block_e(8|4_shared1)/grad_eval|diffmoe_block_e8/grad_bce)\.")
+
+
+def is_kept(case: str, key: str) -> bool:
+    if LEFT_OUT.match(key) or LEFT_OUT.match(f"{case}/{key}"):
+        return False
+    whole_model = case.startswith(("model_", "rf_d"))
+    return not (whole_model and key.startswith("grad.") and not MODEL_GRADS.match(key))
 
 
 def main(folder: Path) -> None:
     for name in CASES:
         with safe_open(folder / f"{name}.safetensors", "pt") as file:
-            whole_model = name.startswith(("model_", "rf_dsmoe"))
-            kept = {
-                key: file.get_tensor(key)
-                for key in file.keys()  # noqa: SIM118
-                if not key.startswith("aux.")
-                and not (whole_model and key.startswith("grad.") and not MODEL_GRADS.match(key))
-            }
+            kept = {key: file.get_tensor(key) for key in file.keys() if is_kept(name, key)}  # noqa: SIM118
             save_file(kept, HERE / f"{name}.safetensors", metadata=file.metadata())
 
 

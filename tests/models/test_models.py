@@ -26,6 +26,13 @@ PARAMETERS = {
     "DSMoE-S-E48": (69.2, 31.2),
     "DSMoE-B-E48": (275.6, 123.4),
     "DSMoE-L-E48": (1166.9, 456.8),
+    "DiffMoE-S-E16": (140.3, 33.9),
+    "DiffMoE-B-E16": (559.2, 134.2),
+    "DiffMoE-L-E8": (1176.0, 470.9),
+    "DiffMoE-L-E16": (1982.0, 471.1),
+    **{f"{family}-DiT-S-E16": (139.3, 33.0) for family in ("TC", "EC")},
+    **{f"{family}-DiT-B-E16": (555.6, 130.6) for family in ("TC", "EC")},
+    **{f"{family}-DiT-L-E16": (1969.2, 458.3) for family in ("TC", "EC")},
 }
 
 
@@ -259,3 +266,37 @@ def test_labels_of_any_integer_dtype(dtype) -> None:
     model = randomize(create_model("DSMoE-digits")).eval()
     x, t, labels = random_inputs(model)
     assert torch.equal(model(x, t, labels.to(dtype)), model(x, t, labels))
+
+
+@pytest.mark.parametrize("name", ["DiffMoE-digits", "TC-DiT-digits", "EC-DiT-digits"])
+def test_the_other_families_train(name) -> None:
+    torch.manual_seed(0)
+    model = randomize(create_model(name, hidden_size=32, num_heads=4, depth=2))
+    out, aux = model(*random_inputs(model, batch=8), return_aux=True)
+    (out.square().mean() + (aux.loss if aux.loss is not None else 0)).backward()
+    for key, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.isfinite().all(), key
+    model.update_routing_state(aux)
+    assert (aux.loss is None) == (name == "EC-DiT-digits")
+
+
+def test_samples_of_a_batch_are_independent_where_the_model_says_so() -> None:
+    torch.manual_seed(0)
+    for name, overrides in {
+        "DiT-digits": {},
+        "DSMoE-digits": {},
+        "TC-DiT-digits": {},
+        "EC-DiT-digits": {},
+        "DiffMoE-digits": {"inference": "token"},
+        "DiffMoE-S-E16": {**SMALL, "num_experts": 4},
+    }.items():
+        model = randomize(create_model(name, **overrides))
+        if name.startswith("DiffMoE"):
+            for _ in range(20):  # thresholds that choose
+                model.update_routing_state(model(*random_inputs(model, batch=16), return_aux=True)[1])
+        model.eval()
+        x, t, labels = random_inputs(model, batch=8)
+        together = model(x, t, labels)
+        apart = torch.cat([model(x[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(8)])
+        agree = (together - apart).abs().max() < 1e-5 * together.abs().max()
+        assert agree != model.mixes_samples, name

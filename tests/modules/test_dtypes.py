@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffmoe_kernels import MoE, RoPEAttention
+from diffmoe_kernels import ExpertChoiceMoE, MoE, RoPEAttention
 from diffmoe_kernels.testing import assert_close
 
 LAYERS = {
     "plain": lambda **factory: MoE(16, 8, 4, 2, **factory),
     "shared": lambda **factory: MoE(16, 8, 4, 2, shared_intermediate_size=8, bias=True, **factory),
+    "expert choice": lambda **factory: ExpertChoiceMoE(
+        16, 8, 4, pool="sample", predictor=False, shared_intermediate_size=8, **factory
+    ),
     "attention": lambda **factory: RoPEAttention(16, 2, rope="1d", qk_norm="rmsnorm", **factory),
     "grouped-query": lambda **factory: RoPEAttention(16, 4, num_kv_heads=2, rope="2d", grid_size=(2, 3), **factory),
 }
