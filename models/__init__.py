@@ -13,16 +13,18 @@ from models.diffmoe import DIFFMOE_CONFIGS, DiffMoE, DiffMoEConfig
 from models.dit import DIT_CONFIGS, DiT, DiTConfig, ModelAux
 from models.dsmoe import DSMOE_CONFIGS, DSMoE, DSMoEConfig
 from models.ecdit import ECDIT_CONFIGS, ECDiT, ECDiTConfig
+from models.jitmoe import JIT_CONFIGS, JiT, JiTConfig
 from models.tcdit import TCDIT_CONFIGS, TCDiT, TCDiTConfig
 
 __all__ = ["CONFIGS", "DSMoE", "DSMoEConfig", "DiT", "DiTConfig", "DiffMoE", "DiffMoEConfig", "ModelAux"]
-__all__ += ["ECDiT", "ECDiTConfig", "TCDiT", "TCDiTConfig"]
+__all__ += ["ECDiT", "ECDiTConfig", "JiT", "JiTConfig", "TCDiT", "TCDiTConfig"]
 __all__ += ["count_parameters", "create_model", "list_models", "model_class"]
 
 CONFIGS: dict[str, DiTConfig] = {
     **DIT_CONFIGS,
     **DSMOE_CONFIGS,
     **DIFFMOE_CONFIGS,
+    **JIT_CONFIGS,
     **TCDIT_CONFIGS,
     **ECDIT_CONFIGS,
 }
@@ -30,6 +32,7 @@ _MODELS: dict[type[DiTConfig], type[DiT]] = {
     DiTConfig: DiT,
     DSMoEConfig: DSMoE,
     DiffMoEConfig: DiffMoE,
+    JiTConfig: JiT,
     TCDiTConfig: TCDiT,
     ECDiTConfig: ECDiT,
 }

@@ -133,15 +133,15 @@ class DiT(nn.Module):
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.input_size = config.input_size
         self.num_classes = config.num_classes
-        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
+        self.x_embedder = self.make_patch_embedder()
         self.t_embedder = TimestepEmbedder(config.hidden_size)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, config.class_dropout_prob)
+        self.y_embedder = self.make_label_embedder()
         self.pos_embed: nn.Parameter | None = None
         if self.has_position_table():
             table = torch.empty(1, config.grid_size**2, config.hidden_size)
             self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(self.make_block(index) for index in range(config.depth))
-        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
+        self.final_layer = self.make_final_layer()
         self.reset_parameters()
 
     aux_loss_weight = 1.0
@@ -150,8 +150,18 @@ class DiT(nn.Module):
     def has_position_table(self) -> bool:
         return True
 
+    def make_patch_embedder(self) -> nn.Module:
+        return PatchEmbed(self.config.patch_size, self.config.in_channels, self.config.hidden_size)
+
+    def make_label_embedder(self) -> LabelEmbedder:
+        config = self.config
+        return LabelEmbedder(config.num_classes, config.hidden_size, config.class_dropout_prob)
+
     def make_block(self, index: int) -> nn.Module:
         return DiTBlock(self.config, dense_mlp(self.config))
+
+    def make_final_layer(self) -> nn.Module:
+        return FinalLayer(self.config.hidden_size, self.config.patch_size, self.out_channels)
 
     @property
     def null_label(self) -> int | None:
@@ -172,8 +182,11 @@ class DiT(nn.Module):
                 _xavier_experts_(module, module.down_proj.weight)
             elif isinstance(module, Experts):
                 _xavier_experts_(module, module.down_proj)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        for layer in self.x_embedder.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight.flatten(1))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)

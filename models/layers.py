@@ -24,6 +24,19 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+class BottleneckPatchEmbed(nn.Module):
+    """Images to tokens through a narrow layer (JiT, arXiv:2511.13720). Keys: ``proj1``, ``proj2``."""
+
+    def __init__(self, patch_size: int, in_channels: int, bottleneck_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj1 = nn.Conv2d(in_channels, bottleneck_size, patch_size, stride=patch_size, bias=False)
+        self.proj2 = nn.Conv2d(bottleneck_size, hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, D), row-major."""
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
+
+
 def unpatchify(x: Tensor, patch_size: int) -> Tensor:
     """(B, N, patch_size^2 * C) tokens of a square image, channels innermost -> (B, C, H, W)."""
     side = math.isqrt(x.shape[1])
@@ -76,18 +89,20 @@ def timestep_embedding(t: Tensor, frequencies: Tensor) -> Tensor:
 class LabelEmbedder(nn.Module):
     """Class labels to vectors; in training each label is dropped to the null label with ``dropout_prob``.
 
-    Key: ``embedding_table``, of num_classes rows, and one for the null label where labels are dropped.
+    Key: ``embedding_table``, of num_classes rows, and one for the null label where labels are dropped or
+    ``has_null_label`` says so.
     """
 
-    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float, has_null_label: bool = False) -> None:
         super().__init__()
-        self.null_label = num_classes if dropout_prob > 0 else None
+        has_null_label = has_null_label or dropout_prob > 0
+        self.null_label = num_classes if has_null_label else None
         self.dropout_prob = dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.embedding_table = nn.Embedding(num_classes + has_null_label, hidden_size)
 
     def forward(self, labels: Tensor) -> Tensor:
         """(B,) integers -> (B, D)."""
-        if self.training and self.null_label is not None:
+        if self.training and self.dropout_prob > 0:
             dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
             labels = labels.where(~dropped, self.null_label)
         return self.embedding_table(labels.long())
@@ -120,17 +135,20 @@ class AdaLNModulation(nn.Sequential):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and projection to patches. Keys: ``linear``, ``adaLN_modulation.1``."""
+    """Modulated norm and projection to patches. Keys: ``linear``, ``adaLN_modulation.1``, for JiT ``norm_final``."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, norm: str = "layernorm") -> None:
         super().__init__()
+        self.norm = norm
+        self.norm_final = nn.RMSNorm(hidden_size, eps=1e-6) if norm == "rmsnorm" else None
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = AdaLNModulation(hidden_size, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, N, D), (B, D) -> (B, N, patch_size^2 * out_channels)."""
         shift, scale = self.adaLN_modulation(c)
-        return self.linear(ops.adaln(x, shift, scale))
+        weight = None if self.norm_final is None else self.norm_final.weight
+        return self.linear(ops.adaln(x, shift, scale, weight=weight, norm=self.norm))
 
 
 def sincos_table(hidden_size: int, side: int) -> Tensor:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from models import DiffMoEConfig, DiT, DiTConfig, DSMoEConfig, ECDiTConfig, TCDiTConfig, model_class
+from models import DiffMoEConfig, DiT, DiTConfig, DSMoEConfig, ECDiTConfig, JiTConfig, TCDiTConfig, model_class
 
 # Refused where true: bugs or kernels that this project does not take over.
 _REFUSED = {
@@ -17,7 +17,15 @@ _REFUSED = {
 # Read by the official constructors and without any effect there, or only on the initial weights.
 _IGNORED = {"sliding_window", "kda_kwargs", "init_MoeMLP", "use_capacity_schedule", "pretraining_tp"}
 _IGNORED_MOE = {"hidden_size", "capacity", "capacity_schedule", "skip_last2", "use_type", "group_bins", "local_top_p"}
-_TO_COME = ("model_jit.JiT",)
+_DSMOE_FIELDS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "top_k",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "n_group": "num_groups",
+    "topk_group": "top_groups",
+    "routed_scaling_factor": "scaling_factor",
+    "interleave": "interleave",
+}
 _DIT_FIELDS = (
     *("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "head_dim", "mlp_ratio"),
     *("class_dropout_prob", "num_classes", "learn_sigma"),
@@ -28,16 +36,14 @@ def build_official(target: str, params: Mapping[str, Any]) -> DiT:
     """Builds the model of an official YAML file, with the official behaviour as the default.
 
     Args:
-        target: the YAML's ``model.target``, such as "models.models_DSMoE.DiT".
-        params: the YAML's ``model.params``; ``MoE_config`` a mapping. What is missing has the official class's default.
+        target: the YAML's ``model.target``, such as "models.models_DSMoE.DiT"; "model_jit.JiT" for JiT and JiTMoE.
+        params: the YAML's ``model.params``, JiT's keyword arguments; ``MoE_config`` a mapping. What is missing has the official class's default.
             A masked router group is filled with 0.0 as there (`ops.router_topk`).
 
     Raises:
         ValueError: an unknown target or parameter (the nearest is named), a required one that is missing, one that is
             refused, or values that do not fit each other.
     """
-    if target in _TO_COME:
-        raise ValueError(f"target: {target} is not in this version, which has {', '.join(_TARGETS)}")
     if target not in _TARGETS:
         raise ValueError(f"target: expected one of {', '.join(_TARGETS)}, got {target!r}{_hint(target, _TARGETS)}")
     config = _TARGETS[target](dict(params))
@@ -50,22 +56,13 @@ def _dit_config(params: dict[str, Any]) -> DiTConfig:
 
 def _dsmoe_config(params: dict[str, Any]) -> DSMoEConfig:
     fields = _take_dit_fields(params)
-    required = {
-        "num_experts": "num_experts",
-        "num_experts_per_tok": "top_k",
-        "moe_intermediate_size": "moe_intermediate_size",
-        "n_group": "num_groups",
-        "topk_group": "top_groups",
-        "routed_scaling_factor": "scaling_factor",
-        "interleave": "interleave",
-    }
-    mixture, moe = _take_mixture(params, required)
+    mixture, moe = _take_mixture(params, _DSMOE_FIELDS)
     dense = moe.pop("skip_first2", False)  # a flag that means two blocks, or a number of blocks
     if not isinstance(dense, int):
         raise ValueError(f"MoE_config.skip_first2: expected a flag or a number of blocks, got {dense!r}")
     shared = moe.pop("use_shared_expert", True)
     _refuse(moe)
-    _check_known("MoE_config.", set(moe) - _IGNORED_MOE, [*required, "skip_first2", "use_shared_expert"])
+    _check_known("MoE_config.", set(moe) - _IGNORED_MOE, [*_DSMOE_FIELDS, "skip_first2", "use_shared_expert"])
     params.pop("use_swiglu", None)  # its dense MLP is SiLU whatever this says
     params.pop("CapacityPred_loss_weight", None)  # it has no such loss
     rest = _take_rest(params, "rope_type", "enable_gqa", "norm_type")
@@ -111,6 +108,29 @@ def _tcdit_config(params: dict[str, Any]) -> TCDiTConfig:
     fields, mixture, num_shared, _ = _take_baseline(params, "top_k")
     swiglu = bool(_take_rest(params, "use_swiglu").get("use_swiglu", False))
     return TCDiTConfig(**fields, **mixture, num_shared_experts=num_shared, swiglu=swiglu)
+
+
+def _jit_config(params: dict[str, Any]) -> JiTConfig:
+    for name in ("attn_drop", "proj_drop"):
+        if params.pop(name, 0.0):
+            raise ValueError(f"{name}: expected 0, dropout in JiT's dense layers is not supported")
+    renamed = {"bottleneck_dim": "bottleneck_size", "in_context_len": "num_context_tokens"}
+    renamed["in_context_start"] = "context_start"
+    fields = {ours: params.pop(official) for official, ours in renamed.items() if official in params}
+    known = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes")
+    fields |= {name: params.pop(name) for name in known if name in params}
+    mixture: dict[str, Any] = {}
+    if params.get("moe_config") is not None:
+        params["MoE_config"] = params.pop("moe_config")
+        required = {**_DSMOE_FIELDS, "use_shared_expert": "shared_expert", "proj_drop": "expert_dropout"}
+        mixture, moe = _take_mixture(params, required)
+        _check_known("moe_config.", set(moe) - _IGNORED_MOE, list(required))
+        if not mixture.pop("interleave"):  # officially all blocks are dense then
+            mixture = {}
+    params.pop("moe_config", None)
+    _check_known("", set(params), [*known, *renamed, "moe_config"])
+    # The official denoiser drops the labels, and fills masked groups with 0.0.
+    return JiTConfig(**fields, **mixture, class_dropout_prob=0.0, masked_group_fill=0.0)
 
 
 def _take_baseline(
@@ -175,4 +195,5 @@ _TARGETS: dict[str, Callable[[dict[str, Any]], DiTConfig]] = {
     "models.models_DiffMoE.DiT": _diffmoe_config,
     "models.models_TCDiT.DiT": _tcdit_config,
     "models.models_ECDiT.DiT": _ecdit_config,
+    "model_jit.JiT": _jit_config,
 }

@@ -21,6 +21,7 @@ CASES = (
     *("jit_dsmoe_layer_g1", "jit_dsmoe_layer_g2", "jit_dsmoe_layer_s0", "components", "moemlp_tp2"),
     *("diffmoe_block_e4", "diffmoe_block_e4_shared1", "diffmoe_block_e8", "ec_block", "ec_block_shared"),
     *("model_dense_dit", "model_dsmoe_dit_rope2d", "model_dsmoe_dit_sincos", "model_diffmoe_dit", "model_ecdit"),
+    "model_jit_moe",
     *(
         "model_tcdit",
         "rf_simple",
