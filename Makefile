@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= runs/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
@@ -21,6 +21,11 @@ demo: $(VENV)/.installed  ## train DSMoE and a dense DiT on the digits, sample, 
 
 test: $(VENV)/.installed  ## all tests that this machine can run
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed  ## the tests, and the reference vectors of a full set in GOLDEN_DIR
+	test -d "$(GOLDEN_DIR)" || { echo "test-all: set GOLDEN_DIR to the folder of a full set of reference vectors"; exit 2; }
+	$(BIN)/python -m pytest
+	GOLDEN_DIR="$(abspath $(GOLDEN_DIR))" $(BIN)/python -m pytest tests/golden
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -165,9 +165,24 @@ _B = JiTConfig(hidden_size=768, depth=12, num_heads=12, context_start=4)
 _L = JiTConfig(hidden_size=1024, depth=24, num_heads=16, context_start=8)
 _E16 = {"num_experts": 16, "num_groups": 2, "top_groups": 2}
 
+_DIGITS = JiTConfig(
+    input_size=8,
+    patch_size=2,
+    in_channels=1,
+    num_classes=10,
+    hidden_size=96,
+    depth=6,
+    num_heads=6,
+    bottleneck_size=16,
+    num_context_tokens=4,
+    context_start=2,
+)
+
 JIT_CONFIGS: dict[str, JiTConfig] = {
     "JiT-B/16": _B,
     "JiT-L/16": _L,
     "JiTMoE-B/16-E16": replace(_B, depth=10, moe_intermediate_size=1536, **_E16),
     "JiTMoE-L/16-E16": replace(_L, depth=20, moe_intermediate_size=2048, **_E16),
+    "JiT-digits": _DIGITS,
+    "JiTMoE-digits": replace(_DIGITS, num_experts=8, moe_intermediate_size=88),
 }

@@ -26,7 +26,7 @@ def model_table() -> str:
         with torch.device("meta"):
             total, activated = count_parameters(create_model(name))
         sizes = [config.depth, config.hidden_size, config.num_heads]
-        if hasattr(config, "num_experts"):
+        if getattr(config, "num_experts", 0):
             width = getattr(config, "moe_intermediate_size", int(config.hidden_size * config.mlp_ratio))
             used = config.top_k if hasattr(config, "top_k") else f"capacity {config.capacity_factor:g}"
             sizes += [config.num_experts, width, used]

@@ -37,8 +37,9 @@ def build_official(target: str, params: Mapping[str, Any]) -> DiT:
 
     Args:
         target: the YAML's ``model.target``, such as "models.models_DSMoE.DiT"; "model_jit.JiT" for JiT and JiTMoE.
-        params: the YAML's ``model.params``, JiT's keyword arguments; ``MoE_config`` a mapping. What is missing has the official class's default.
-            A masked router group is filled with 0.0 as there (`ops.router_topk`).
+        params: the YAML's ``model.params``, JiT's keyword arguments; ``MoE_config`` a mapping. What is
+            missing has the official class's default. A masked router group is filled with 0.0 as there
+            (`ops.router_topk`).
 
     Raises:
         ValueError: an unknown target or parameter (the nearest is named), a required one that is missing, one that is

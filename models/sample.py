@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.data import check_labels, save_grid, save_npz, to_uint8
-from models.objectives import RectifiedFlow
+from models.objectives import objective_for
 from models.training.config import build_config, config_parser, option, require
 from models.training.loading import Weights, load_model, pick_device
 
@@ -74,7 +74,7 @@ def sample_images(
     Raises:
         TypeError, ValueError: as `RectifiedFlow.sample` does.
     """
-    device, flow = next(model.parameters()).device, RectifiedFlow()
+    device, flow = next(model.parameters()).device, objective_for(model)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.empty(len(labels), model.in_channels, model.input_size, model.input_size)
     for image in noise:

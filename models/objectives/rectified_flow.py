@@ -37,6 +37,21 @@ class RectifiedFlow:
     Besides being called, a model needs `num_classes` and `null_label` (the label of "no class", None without one).
     """
 
+    noise_scale = 1.0  # standard deviation of the noise that paths start from
+    last_step_is_euler = False  # so that the model is never asked at t = 1
+
+    def draw_times(self, count: int, device: torch.device) -> Tensor:
+        """(count,) training times from torch's global generator."""
+        return torch.rand(count, device=device)
+
+    def velocity(self, prediction: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """What the model's output means at z (N, C, H, W) and t (N, 1, 1, 1)."""
+        return prediction
+
+    def guidance(self, cfg_scale: float, time: float) -> float:
+        """The guidance at a time of sampling."""
+        return cfg_scale
+
     def loss(
         self, model: nn.Module, x: Tensor, labels: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None
     ) -> FlowLoss:
@@ -46,7 +61,7 @@ class RectifiedFlow:
             model: called as `model(z, t, labels, return_aux=True)`, returns (N, at least C, H, W) and its aux record.
             x: (N, C, H, W) images.
             labels: (N,) int64 in [0, model.num_classes); the model drops labels itself in training mode.
-            t: (N,) float times in [0, 1]; uniform by default.
+            t: (N,) float times in [0, 1]; from `draw_times` by default.
             noise: (N, C, H, W); standard normal by default.
 
         Raises:
@@ -56,7 +71,7 @@ class RectifiedFlow:
         check_labels(labels, model.num_classes)
         _check_length("labels", labels, x)
         if t is None:
-            t = torch.rand(len(x), device=x.device)
+            t = self.draw_times(len(x), x.device)
         else:
             _check_times(t, x)
         if noise is None:
@@ -66,13 +81,19 @@ class RectifiedFlow:
 
         # In bfloat16 a time of 0.9993 would be 1 and the noise gone.
         data, noise, weight = at_least_float32(x), at_least_float32(noise), at_least_float32(t).view(-1, 1, 1, 1)
-        z = (weight * data + (1 - weight) * noise).to(x.dtype)
-        prediction, aux = model(z, t, labels, return_aux=True)
-        error = at_least_float32(prediction[:, : x.shape[1]]) - (data - noise)
+        noise = noise * self.noise_scale
+        z = weight * data + (1 - weight) * noise
+        prediction, aux = model(z.to(x.dtype), t, labels, return_aux=True)
+        predicted = self.velocity(at_least_float32(prediction[:, : x.shape[1]]), z, weight)
+        error = predicted - self.target(data, noise, z, weight)
         mse = error.square().flatten(1).mean(1)
         aux_loss = getattr(aux, "loss", None)
         loss = mse.mean() if aux_loss is None else mse.mean() + aux_loss.float()
         return FlowLoss(loss, mse, aux)
+
+    def target(self, data: Tensor, noise: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The velocity that z (N, C, H, W) on its path from noise to data should have."""
+        return data - noise
 
     @torch.no_grad()
     def sample(
@@ -93,7 +114,8 @@ class RectifiedFlow:
             noise: (N, C, H, W) start of each path, usually standard normal.
             labels: (N,) int64 in [0, model.num_classes), or `model.null_label` to sample without a class.
             steps: number of solver steps, at least 1.
-            method: "euler" calls the model once per step, "heun" twice (the last time at t = 1).
+            method: "euler" calls the model once per step, "heun" twice (the last time at t = 1, unless
+                the objective ends with an Euler step).
             cfg_scale: guidance s of u + s * (c - u), on all channels; 1 is plain conditional sampling, and then
                 the model runs on N samples, else on 2N (or twice on N, where `model.mixes_samples`).
             null_labels: (N,) labels of the unconditional half; `model.null_label` by default.
@@ -117,22 +139,24 @@ class RectifiedFlow:
 
         def predict(z: Tensor, time: float, labels: Tensor) -> Tensor:
             t = torch.full((len(z),), time, device=z.device)
-            return model(z, t, labels)[:, : z.shape[1]].float()
+            prediction = model(z.to(noise.dtype), t, labels)[:, : z.shape[1]].float()
+            return self.velocity(prediction, z, t.view(-1, 1, 1, 1))
 
         def velocity(z: Tensor, time: float) -> Tensor:
-            z = z.to(noise.dtype)
-            if not guided:
+            scale = self.guidance(cfg_scale, time)
+            if scale == 1.0:
                 return predict(z, time, labels)
             if apart:
                 conditional, unconditional = predict(z, time, labels), predict(z, time, null_labels)
             else:
                 both = predict(torch.cat([z, z]), time, torch.cat([labels, null_labels]))
                 conditional, unconditional = both.chunk(2)
-            return unconditional + cfg_scale * (conditional - unconditional)
+            return unconditional + scale * (conditional - unconditional)
 
-        step = _euler_step if method == "euler" else _heun_step
-        z = noise.float()
+        z = noise.float() * self.noise_scale
         for i in range(steps):
+            is_euler = method == "euler" or (self.last_step_is_euler and i == steps - 1)
+            step = _euler_step if is_euler else _heun_step
             z = step(velocity, z, i / steps, (i + 1) / steps)
         return z
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from models import create_model
 from models.data import load_dataset, save_grid, to_uint8
 from models.files import write_atomically
-from models.objectives import RectifiedFlow
+from models.objectives import objective_for
 from models.sample import balanced_labels, sample_images
 from models.training.batches import ShuffledBatches
 from models.training.checkpoints import (
@@ -100,7 +100,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, config.learning_rate, (0.9, config.beta2), weight_decay=config.weight_decay
         )
-        self.objective = RectifiedFlow()
+        self.objective = objective_for(self.model)
         self.step, self.checkpoint = 0, None
         if saved:
             self._restore(*saved)
@@ -149,7 +149,7 @@ class Trainer:
         if hasattr(self.model, "set_training_step"):  # a capacity schedule
             self.model.set_training_step(self.step)
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        t, noise = torch.rand(len(images), device=self.device), torch.randn_like(images)
+        t, noise = self.objective.draw_times(len(images), self.device), torch.randn_like(images)
         totals, auxes = torch.zeros(2, device=self.device), []
         parts = [tensor.tensor_split(self.config.accumulation) for tensor in (images, labels, t, noise)]
         for x, y, t_part, noise_part in zip(*parts, strict=True):

@@ -19,9 +19,10 @@ CASES = (
     *("attn_gqa_1d", "attn_gqa_2d", "attn_gqa_none", "jit_attn", "jit_attn_incontext"),
     *(f"dsmoe_layer_{kind}" for kind in ("g1", "g2", "maskfill", "s0", "top1", "zero_bias")),
     *("jit_dsmoe_layer_g1", "jit_dsmoe_layer_g2", "jit_dsmoe_layer_s0", "components", "moemlp_tp2"),
-    *("diffmoe_block_e4", "diffmoe_block_e4_shared1", "diffmoe_block_e8", "ec_block", "ec_block_shared"),
+    *("diffmoe_block_e4", "diffmoe_block_e4_shared1", "ec_block", "ec_block_shared"),
     *("model_dense_dit", "model_dsmoe_dit_rope2d", "model_dsmoe_dit_sincos", "model_diffmoe_dit", "model_ecdit"),
     "model_jit_moe",
+    "jit_denoiser_simple",
     *(
         "model_tcdit",
         "rf_simple",
@@ -39,14 +40,17 @@ MODEL_GRADS = re.compile(
     r"|blocks\.1\.(attn\.qkv|adaLN_modulation\.1\.bias|norm|mlp\.(gate|shared|capacity))"
     r"|blocks\.1\.mlp\.experts\.(blocks\.)?3\.)"
 )
-LEFT_OUT = re.compile(r"(aux|tc_block\w*/grad_eval|diffmoe_block_e(8|4_shared1)/grad_eval|diffmoe_block_e8/grad_bce)\.")
+# Of a training step on a whole model, whose backward pass the cases above check already.
+TRAINING_GRADS = re.compile(r"grad\.(input\.|x_embedder|blocks\.1\.mlp\.(gate|capacity|experts\.(blocks\.)?3\.))")
+LEFT_OUT = re.compile(r"(aux|tc_block\w*/grad_eval|diffmoe_block_e4_shared1/grad_(eval|bce))\.")
 
 
 def is_kept(case: str, key: str) -> bool:
     if LEFT_OUT.match(key) or LEFT_OUT.match(f"{case}/{key}"):
         return False
+    kept = MODEL_GRADS if case.startswith("model_") else TRAINING_GRADS
     whole_model = case.startswith(("model_", "rf_d"))
-    return not (whole_model and key.startswith("grad.") and not MODEL_GRADS.match(key))
+    return not (whole_model and key.startswith("grad.") and not kept.match(key))
 
 
 def main(folder: Path) -> None:

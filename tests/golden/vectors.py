@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 VALUE_TOLERANCE = 1e-5  # of the largest reference value
 GRAD_TOLERANCE = 5e-5
+# Left out of the selection for its size: other cases check the same code.
+FULL_SET_ONLY = ("diffmoe_block_e8", "jit_denoiser_net")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Case:
 
 def load_case(name: str) -> Case:
     folder = Path(os.environ.get("GOLDEN_DIR", HERE))
+    if folder == HERE and name in FULL_SET_ONLY:
+        pytest.skip("in a full set of vectors only: set GOLDEN_DIR")
     with safe_open(folder / f"{name}.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])["config"]
         return Case(name, config, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118

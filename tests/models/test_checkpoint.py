@@ -204,7 +204,7 @@ def test_dense_dit_defaults_are_xl() -> None:
     ("target", "changes", "message"),
     [
         ("models.models_DSMOE.DiT", {}, "did you mean 'models.models_DSMoE.DiT'"),
-        ("model_jit.JiT", {}, "model_jit.JiT is not in this version, which has models.models_DiT.DiT"),
+        ("model_jit.JiT", {}, "MoE_config: unknown parameter; did you mean 'moe_config'"),
         ("resnet", {}, "target: expected one of models.models_DiT.DiT, .*, got 'resnet'$"),
         (
             DSMOE,
@@ -268,3 +268,20 @@ def test_capacity_schedule_of_an_official_file() -> None:
         model.set_training_step(step)
         factors[step] = model.blocks[1].mlp.capacity_factor
     assert factors == {0: 4, 10: 4, 20: 2.5, 30: 1, 1000: 1}
+
+
+JIT = load_case("model_jit_moe").config["ctor"]
+
+
+def test_jit_odd_cases() -> None:
+    dense = build_official("model_jit.JiT", JIT | {"moe_config": None})
+    assert dense.config.num_experts == 0 and dense.null_label == 10
+    plain = build_official("model_jit.JiT", JIT | {"moe_config": JIT["moe_config"] | {"interleave": False}})
+    assert plain.config == dense.config, "officially all blocks are dense without interleaving"
+    for change, message in (
+        ({"in_context_start": 4}, "context_start: expected a block, 0 to 3, got 4"),
+        ({"proj_drop": 0.1}, "proj_drop: expected 0"),
+        ({"bottleneck": 3}, "bottleneck: unknown parameter; did you mean 'bottleneck_dim'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_official("model_jit.JiT", JIT | change)

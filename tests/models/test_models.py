@@ -30,6 +30,10 @@ PARAMETERS = {
     "DiffMoE-B-E16": (559.2, 134.2),
     "DiffMoE-L-E8": (1176.0, 470.9),
     "DiffMoE-L-E16": (1982.0, 471.1),
+    "JiT-B/16": (131.3, 131.3),
+    "JiT-L/16": (459.1, 459.1),
+    "JiTMoE-B/16-E16": (387.6, 139.6),
+    "JiTMoE-L/16-E16": (1370.2, 488.7),
     **{f"{family}-DiT-S-E16": (139.3, 33.0) for family in ("TC", "EC")},
     **{f"{family}-DiT-B-E16": (555.6, 130.6) for family in ("TC", "EC")},
     **{f"{family}-DiT-L-E16": (1969.2, 458.3) for family in ("TC", "EC")},
@@ -58,7 +62,7 @@ def test_list_prints_the_table_of_the_readme() -> None:
 
 def test_every_latent_model_has_the_published_shape() -> None:
     for name, config in CONFIGS.items():
-        if not name.endswith("-digits"):
+        if not name.endswith("-digits") and not name.startswith("JiT"):
             assert (config.input_size, config.in_channels, config.num_classes) == (32, 4, 1000), name
             assert config.learn_sigma and config.class_dropout_prob == 0.1, name
 
@@ -222,6 +226,8 @@ def test_activation_checkpointing_changes_nothing() -> None:
         ("DSMoE-S-E16", {"num_dense_blocks": -1}, ValueError, "num_dense_blocks: expected 0 or more, got -1"),
         ("DSMoE-S-E16", {"swiglu": True}, ValueError, "swiglu: expected False"),
         ("DSMoE-S-E16", {"balance": {}}, ValueError, "balance: expected None, 'bias', 'loss' or a Balance, got {}"),
+        ("JiT-B/16", {"context_start": 12}, ValueError, "context_start: expected a block, 0 to 11, got 12"),
+        ("JiT-B/16", {"learn_sigma": True}, ValueError, "JiT has none of these"),
         ("DiT-S/2", {"num_heads": 7}, ValueError, "num_heads: expected a divisor of hidden_size = 384, got 7"),
         ("DiT-S/2", {"class_dropout_prob": 1.0}, ValueError, "class_dropout_prob"),
         ("DSMoE-S-E16", {"top_k": 17}, ValueError, "top_k: expected 1 to num_experts = 16, got 17"),
@@ -268,16 +274,16 @@ def test_labels_of_any_integer_dtype(dtype) -> None:
     assert torch.equal(model(x, t, labels.to(dtype)), model(x, t, labels))
 
 
-@pytest.mark.parametrize("name", ["DiffMoE-digits", "TC-DiT-digits", "EC-DiT-digits"])
+@pytest.mark.parametrize("name", ["DiffMoE-digits", "TC-DiT-digits", "EC-DiT-digits", "JiT-digits", "JiTMoE-digits"])
 def test_the_other_families_train(name) -> None:
     torch.manual_seed(0)
-    model = randomize(create_model(name, hidden_size=32, num_heads=4, depth=2))
+    model = randomize(create_model(name, hidden_size=32, num_heads=4, depth=4))
     out, aux = model(*random_inputs(model, batch=8), return_aux=True)
     (out.square().mean() + (aux.loss if aux.loss is not None else 0)).backward()
     for key, parameter in model.named_parameters():
         assert not parameter.requires_grad or parameter.grad.isfinite().all(), key
     model.update_routing_state(aux)
-    assert (aux.loss is None) == (name == "EC-DiT-digits")
+    assert (aux.loss is None) == (name not in ("DiffMoE-digits", "TC-DiT-digits"))
 
 
 def test_samples_of_a_batch_are_independent_where_the_model_says_so() -> None:
@@ -287,6 +293,7 @@ def test_samples_of_a_batch_are_independent_where_the_model_says_so() -> None:
         "DSMoE-digits": {},
         "TC-DiT-digits": {},
         "EC-DiT-digits": {},
+        "JiTMoE-digits": {},
         "DiffMoE-digits": {"inference": "token"},
         "DiffMoE-S-E16": {**SMALL, "num_experts": 4},
     }.items():
@@ -300,3 +307,14 @@ def test_samples_of_a_batch_are_independent_where_the_model_says_so() -> None:
         apart = torch.cat([model(x[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(8)])
         agree = (together - apart).abs().max() < 1e-5 * together.abs().max()
         assert agree != model.mixes_samples, name
+
+
+@pytest.mark.parametrize("options", [{"num_context_tokens": 0}, {"context_start": 0}, {"shared_expert": False}])
+def test_jit_options(options) -> None:
+    torch.manual_seed(0)
+    model = randomize(create_model("JiTMoE-digits", **options))
+    x, t, labels = random_inputs(model)
+    out = model(x, t, labels)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert model.null_label == 10 and create_model("JiT-digits", class_dropout_prob=0.0).null_label == 10
