@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 # Taken where the virtual environment has no torch yet. The CPU build of torch brings no triton.
 TORCH ?= torch==2.13.0
 DEMO ?= runs/demo
+ZOO ?= runs/zoo
+FAMILIES := $(addsuffix -digits,DiT DSMoE DiffMoE TC-DiT EC-DiT JiT JiTMoE)
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo zoo test test-all lint bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
@@ -18,6 +20,9 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile
 
 demo: $(VENV)/.installed  ## train DSMoE and a dense DiT on the digits, sample, score
 	$(BIN)/python -m models.demo --output $(DEMO) --overwrite
+
+zoo: $(VENV)/.installed  ## train every family on the digits for a minute, sample, score
+	$(BIN)/python -m models.demo --output $(ZOO) --overwrite --minutes 1 --minutes-each --models $(FAMILIES)
 
 test: $(VENV)/.installed  ## all tests that this machine can run
 	$(BIN)/python -m pytest
@@ -35,5 +40,5 @@ bench: $(VENV)/.installed  ## timings of the layers on this machine
 	$(BIN)/python -m pytest benchmarks
 
 clean:  ## all but the runs of your own
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(DEMO) $(ZOO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models import count_parameters
+from models import count_parameters, create_model
 from models.data import collect, from_uint8, load_dataset, save_grid, save_npz, to_uint8
 from models.metrics import DigitsClassifier, Scores, score_samples, train_classifier
 from models.sample import balanced_labels, sample_images
@@ -22,8 +22,9 @@ from models.training.loading import load_model
 from models.training.logs import read_metrics, save_loss_curves
 from models.training.trainer import NonFiniteError, Trainer, TrainResult
 
-MODELS = ("DSMoE-digits", "DiT-digits")
+MODELS = ["DSMoE-digits", "DiT-digits"]
 NOTES = """digits-FD: distance of 500 samples to 500 held-out images, lower is better; floor: of 500 training images.
+KID: kernel distance of the same features, with its error; 0 is best. Losses of different objectives do not compare.
 Nearer to training images: share of samples nearer to one than the median held-out image is; 50% is fresh.
 grid.png: of each class the most typical of 50 samples; samples as they come are in each run's samples folder."""
 ENLARGE = 8  # of the grid's images
@@ -38,14 +39,23 @@ class DemoConfig:
     """
 
     output: str = option("runs/demo", "directory for the runs, the pictures and the table")
-    minutes: float = option(3.0, "time to train DSMoE for; dense DiT, which is faster, takes as many steps")
-    steps: int | None = option(None, "train both models for this many steps instead")
+    models: list[str] | None = option(None, f"models to train, {' '.join(MODELS)} by default", items=str)
+    minutes: float = option(3.0, "time to train the first model for; the others take as many steps")
+    minutes_each: bool = option(False, "train every model for --minutes, whatever steps it does")
+    steps: int | None = option(None, "train all models for this many steps instead")
     sample_steps: int = option(50, "Euler steps of the samples")
     cfg_scale: float = option(1.5, "guidance of the samples, 1 for none")
     seed: int = option(0, "seed of training and of the samples")
     overwrite: bool = option(False, "replace an earlier demo in --output")
 
+    @property
+    def names(self) -> list[str]:
+        return MODELS if self.models is None else list(dict.fromkeys(self.models))
+
     def __post_init__(self) -> None:
+        with torch.device("meta"):
+            for name in self.names:
+                create_model(name)  # a wrong name is told before anything is trained
         require(self, "minutes", self.minutes > 0, "above 0")
         for name in ("steps", "sample_steps"):
             require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
@@ -64,13 +74,13 @@ class Row:
     scores: Scores
 
 
-def make_room(output: Path, *, overwrite: bool) -> None:
+def make_room(output: Path, names: Sequence[str], *, overwrite: bool) -> None:
     """Delete an earlier demo's runs in `output`.
 
     Raises:
         ValueError: there are some, and `overwrite` is not set.
     """
-    earlier = [output / name for name in MODELS if (output / name).exists()]
+    earlier = [output / name for name in names if (output / name).exists()]
     if earlier and not overwrite:
         raise ValueError(f"{output} holds an earlier demo: replace it with --overwrite, or choose another --output")
     for run in earlier:
@@ -85,18 +95,19 @@ def run_demo(config: DemoConfig) -> list[Row] | None:
     """
     output, data = Path(config.output), load_dataset("digits")
     results: dict[str, TrainResult] = {}
-    for name in MODELS:
-        # The slowest comes first and sets the number of steps, so that all see the same images equally often.
-        steps = config.steps or next((result.step for result in results.values()), None)
+    for name in config.names:
+        # The first sets the number of steps, so that all see the same images equally often.
+        same = None if config.minutes_each else next((result.step for result in results.values()), None)
+        steps = config.steps or same
         results[name] = _train(name, config, steps)
         if results[name].ended_by == "signal":
             return None
 
     labels = balanced_labels(len(data.holdout), range(data.num_classes))
-    samples = {name: _sample(name, config, labels) for name in MODELS}
+    samples = {name: _sample(name, config, labels) for name in config.names}
     classifier = train_classifier(data)
     rows = []
-    for name in MODELS:
+    for name in config.names:
         total, activated = count_parameters(load_model(output / name))
         losses = [record["mse"] for record in read_metrics(output / name)]
         losses = losses[-max(1, len(losses) // 10) :]
@@ -113,7 +124,7 @@ def run_demo(config: DemoConfig) -> list[Row] | None:
         )
     real, real_labels = collect(data.holdout)
     rows_of_grid = {"real": most_typical(to_uint8(real), real_labels, classifier)}
-    rows_of_grid |= {name: most_typical(samples[name], labels, classifier) for name in MODELS}
+    rows_of_grid |= {name: most_typical(samples[name], labels, classifier) for name in config.names}
     _write(output, config, rows, rows_of_grid)
     return rows
 
@@ -134,16 +145,19 @@ def most_typical(images: Tensor, labels: Tensor, classifier: DigitsClassifier) -
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, its columns aligned."""
-    heading = ["model", "activated", "total", "images/s", "loss", "digits-FD", "floor", "nearer to training images"]
+    heading = ["model", "activated", "total", "steps", "images/s", "loss", "digits-FD", "floor", "KID"]
+    heading.append("nearer to training images")
     cells = [
         [
             row.model,
             f"{row.activated_parameters / 1e6:.2f} M",
             f"{row.total_parameters / 1e6:.2f} M",
+            f"{row.steps}",
             f"{row.images_per_second:.0f}",
             f"{row.loss:.4f}",
             f"{row.scores.digits_fd:.2f}",
             f"{row.scores.floor:.2f}",
+            f"{row.scores.kid:.3f} ± {row.scores.kid_error:.3f}",
             f"{row.scores.share_nearer_than_holdout:.0%}",
         ]
         for row in rows
@@ -193,9 +207,9 @@ def _write(output: Path, config: DemoConfig, rows: list[Row], rows_of_grid: dict
         row_labels=list(rows_of_grid),
         column_labels=[str(label) for label in range(columns)],
     )
-    save_loss_curves(output / "loss.png", {name: read_metrics(output / name) for name in MODELS})
+    save_loss_curves(output / "loss.png", {row.model: read_metrics(output / row.model) for row in rows})
     origin = (
-        f"`python -m models.demo`, {rows[0].steps} steps each, {platform.machine()} CPU with {torch.get_num_threads()} "
+        f"`python -m models.demo`, {platform.machine()} CPU with {torch.get_num_threads()} "
         f"threads, Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}"
     )
     (output / "demo.md").write_text(f"{format_table(rows)}\n\n{origin}\n\n{NOTES}\n")
@@ -213,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = config_parser(DemoConfig, prog="python -m models.demo", description=__doc__)
         config = build_config(DemoConfig, parser.parse_args(arguments))
         output = Path(config.output)
-        make_room(output, overwrite=config.overwrite)
+        make_room(output, config.names, overwrite=config.overwrite)
         rows = run_demo(config)
     except (ImportError, OSError, TypeError, ValueError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)

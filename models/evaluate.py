@@ -44,6 +44,8 @@ def format_scores(scores: Scores) -> str:
     rows = [
         ("digits-FD", f"{scores.digits_fd:.3f}", f"{scores.num_samples} samples against the held-out images; lower"),
         ("floor", f"{scores.floor:.3f}", "as many training images against the held-out images"),
+        ("KID", f"{scores.kid:.4f}", f"plus or minus {scores.kid_error:.4f}; kernel distance of the same features"),
+        ("KID floor", f"{scores.kid_floor:.4f}", "of the training images that the floor takes"),
         ("nearest training image", f"{scores.nearest_train_distance:.3f}", "median distance in pixels; 0 is a copy"),
         ("  of held-out images", f"{scores.nearest_train_distance_holdout:.3f}", "what fresh real images have"),
         ("nearer than held-out", f"{scores.share_nearer_than_holdout:.1%}", "50% is fresh, 100% leans on copies"),

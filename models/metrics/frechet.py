@@ -22,19 +22,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     Source: D. Dowson and B. Landau, "The Frechet distance between multivariate normal distributions" (1982);
     M. Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017).
     """
-    for name, features in (("features_a", features_a), ("features_b", features_b)):
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
-            raise TypeError(f"{name} must be a float tensor, got {kind}")
-        if features.ndim != 2 or features.shape[0] < 2 or features.shape[1] < 1:
-            raise ValueError(f"{name} must be (at least 2 rows, width), got shape {tuple(features.shape)}")
-        if not features.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity; look for them in the images it was made from")
-    if features_a.shape[1] != features_b.shape[1]:
-        raise ValueError(
-            f"features_a and features_b must have the same width, got {features_a.shape[1]} and "
-            f"{features_b.shape[1]}; take both from the same extractor"
-        )
+    check_features(features_a, features_b)
     mean_a, root_a = _mean_and_root(features_a)
     mean_b, root_b = _mean_and_root(features_b)
     trace_of_root = torch.linalg.svdvals(root_a @ root_b.mT).sum()
@@ -48,3 +36,20 @@ def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
     mean = features.mean(0)
     root = torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R
     return mean, root
+
+
+def check_features(features_a: Tensor, features_b: Tensor) -> None:
+    """Raises TypeError or ValueError unless both are finite float tensors of at least 2 rows and of one width."""
+    for name, features in (("features_a", features_a), ("features_b", features_b)):
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"{name} must be a float tensor, got {kind}")
+        if features.ndim != 2 or features.shape[0] < 2 or features.shape[1] < 1:
+            raise ValueError(f"{name} must be (at least 2 rows, width), got shape {tuple(features.shape)}")
+        if not features.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity; look for them in the images it was made from")
+    if features_a.shape[1] != features_b.shape[1]:
+        raise ValueError(
+            f"features_a and features_b must have the same width, got {features_a.shape[1]} and "
+            f"{features_b.shape[1]}; take both from the same extractor"
+        )

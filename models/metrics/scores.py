@@ -1,4 +1,4 @@
-"""Samples scored against a dataset: digits-FD beside its floor, and the signs of memorisation."""
+"""Samples scored against a dataset: digits-FD and KID beside their floors, and the signs of memorisation."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from models.data import DataSplits, check_labels, collect, from_uint8, rank_in_class, to_uint8
 from models.metrics.features import DigitsClassifier, train_classifier
 from models.metrics.frechet import frechet_distance
+from models.metrics.kernel_distance import kernel_distance
 from models.metrics.memorisation import nearest_distances, share_nearer
 
 
@@ -17,6 +18,9 @@ class Scores:
 
     digits_fd: Frechet distance between classifier features of the samples and of the held-out images; lower is better.
     floor: the same distance for as many training images, what a perfect model of the training images would reach.
+    kid: kernel distance between the same features; lower is better, 0 is as near as held-out images are to each other.
+    kid_error: its standard deviation between random subsets.
+    kid_floor: the kernel distance of the training images that `floor` takes.
     num_samples: samples scored, as many as there are held-out images.
     nearest_train_distance: median distance from a sample to its nearest training image.
     nearest_train_distance_holdout: the same for held-out images, what fresh real images would show.
@@ -27,6 +31,9 @@ class Scores:
 
     digits_fd: float
     floor: float
+    kid: float
+    kid_error: float
+    kid_floor: float
     num_samples: int
     nearest_train_distance: float
     nearest_train_distance_holdout: float
@@ -84,10 +91,15 @@ def score_samples(
 
     classifier = train_classifier(data) if classifier is None else classifier
     holdout_features = classifier.features(holdout)
+    features, reference_features = classifier.features(samples), classifier.features(reference)
+    kid, kid_error = kernel_distance(features, holdout_features)
     sample_distances, holdout_distances = nearest_distances(samples, train), nearest_distances(holdout, train)
     return Scores(
-        digits_fd=frechet_distance(classifier.features(samples), holdout_features),
-        floor=frechet_distance(classifier.features(reference), holdout_features),
+        digits_fd=frechet_distance(features, holdout_features),
+        floor=frechet_distance(reference_features, holdout_features),
+        kid=kid,
+        kid_error=kid_error,
+        kid_floor=kernel_distance(reference_features, holdout_features)[0],
         num_samples=len(samples),
         nearest_train_distance=sample_distances.quantile(0.5).item(),
         nearest_train_distance_holdout=holdout_distances.quantile(0.5).item(),

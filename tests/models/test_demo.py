@@ -22,7 +22,7 @@ def test_demo_shows_both_models_side_by_side(demo):
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     for column in ("model", "activated", "total", "images/s", "loss", "digits-FD", "floor", "nearer to training"):
         assert column in lines[0]
-    assert "torch" in table and "2 steps each" in table
+    assert "torch" in table and "steps" in lines[0]
 
     rows = json.loads((demo / "demo.json").read_text())["models"]
     assert [row["model"] for row in rows] == list(MODELS)
@@ -46,6 +46,21 @@ def test_an_earlier_demo_is_not_overwritten_unasked(demo, capsys):
     assert main(["--output", str(demo), "--steps", "1"]) == 2
     assert f"{demo} holds an earlier demo: replace it with --overwrite" in capsys.readouterr().err
     assert (demo / "demo.md").read_bytes() == before
+
+
+def test_demo_of_chosen_models_each_for_its_own_time(tmp_path):
+    chosen = ["JiT-digits", "EC-DiT-digits"]
+    arguments = ["--output", str(tmp_path), "--sample-steps", "1", "--minutes-each", "--models", *chosen]
+    assert main([*arguments, "--minutes", "0.005"]) == 0
+    rows = json.loads((tmp_path / "demo.json").read_text())["models"]
+    assert [row["model"] for row in rows] == chosen
+    assert all(row["steps"] >= 1 and row["scores"]["kid_error"] > 0 for row in rows)
+
+
+def test_demo_refuses_an_unknown_model_before_training(tmp_path, capsys):
+    assert main(["--output", str(tmp_path), "--models", "DiT-digits", "DiT-digit"]) == 2
+    assert "did you mean 'DiT-digits'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("option", "name"), [("--minutes", "minutes"), ("--steps", "steps")])
