@@ -65,7 +65,7 @@ class ExpertChoiceMoE(Float32Buffers):
         shared_intermediate_size: width of an expert that sees every token, added unscaled; 0 for none.
         inference: "pool": the predictor sets each expert's count, the score picks the tokens (official; a sample's
             result depends on its batch). "token": each token goes to the experts whose threshold its own prediction
-            passes (a sample's result does not depend on its batch).
+            passes (a sample's choice does not depend on its batch, unless max_capacity_factor drops some).
         max_capacity_factor: at inference an expert takes at most int(S / E * max_capacity_factor) tokens, drops those
             of the lowest score and counts them; None bounds it by S, all tokens.
         threshold_decay: of the thresholds' moving average.
@@ -220,7 +220,7 @@ class ExpertChoiceMoE(Float32Buffers):
             warnings.warn(
                 "ExpertChoiceMoE is evaluated with thresholds that were never updated: every token goes to every "
                 "expert. Call update_routing_state(aux) once per training step, or load a trained checkpoint.",
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def _aux(self, tokens: Tensor, routing: Routing, num_dropped: Tensor) -> ExpertChoiceAux:
