@@ -279,12 +279,14 @@ def _xavier_experts_(module: FeedForward | Experts, down_weight: Tensor) -> None
             nn.init.uniform_(parameter, -bound, bound)
 
 
+# Scikit-learn's digits: 16 tokens, about a million parameters.
+DIGITS = {"hidden_size": 96, "depth": 6, "num_heads": 6}
+DIGITS |= {"input_size": 8, "in_channels": 1, "num_classes": 10, "learn_sigma": False}
+
 DIT_CONFIGS: dict[str, DiTConfig] = {
     "DiT-S/2": DiTConfig(hidden_size=384, depth=12, num_heads=6),
     "DiT-B/2": DiTConfig(hidden_size=768, depth=12, num_heads=12),
     "DiT-L/2": DiTConfig(hidden_size=1024, depth=24, num_heads=16),
     "DiT-XL/2": DiTConfig(hidden_size=1152, depth=28, num_heads=16),
-    "DiT-digits": DiTConfig(
-        hidden_size=96, depth=6, num_heads=6, input_size=8, in_channels=1, num_classes=10, learn_sigma=False
-    ),
+    "DiT-digits": DiTConfig(**DIGITS),
 }

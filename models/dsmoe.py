@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffmoe_kernels import Balance, MoE, MoEAux, RoPEAttention, ops
 from diffmoe_kernels.checks import check_choice
 from diffmoe_kernels.ops.adaln import NORMS
-from models.dit import DiT, DiTConfig
+from models.dit import DIGITS, DiT, DiTConfig
 from models.layers import AdaLNModulation, Mlp
 
 
@@ -143,13 +143,7 @@ DSMOE_CONFIGS: dict[str, DSMoEConfig] = {
     "DSMoE-B-E48": replace(_E48, hidden_size=768, depth=12, num_heads=12, moe_intermediate_size=256),
     "DSMoE-L-E48": replace(_E48, hidden_size=1024, depth=24, num_heads=16, moe_intermediate_size=448),
     "DSMoE-digits": DSMoEConfig(
-        hidden_size=96,
-        depth=6,
-        num_heads=6,
-        input_size=8,
-        in_channels=1,
-        num_classes=10,
-        learn_sigma=False,
+        **DIGITS,
         num_experts=8,
         top_k=2,
         moe_intermediate_size=88,

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffmoe_kernels import ExpertChoiceMoE
 from diffmoe_kernels.modules import FeedForward
-from models.dit import DiT, DiTBlock, DiTConfig, dense_mlp
+from models.dit import DIGITS, DiT, DiTBlock, DiTConfig, dense_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,7 @@ ECDIT_CONFIGS: dict[str, ECDiTConfig] = {
     "EC-DiT-B-E16": replace(_SMALL, hidden_size=768, num_heads=12),
     "EC-DiT-L-E16": replace(_SMALL, hidden_size=1024, depth=24, num_heads=16),
     "EC-DiT-digits": ECDiTConfig(
-        hidden_size=96,
-        depth=6,
-        num_heads=6,
-        input_size=8,
-        in_channels=1,
-        num_classes=10,
-        learn_sigma=False,
+        **DIGITS,
         num_experts=8,
     ),
 }

@@ -15,7 +15,7 @@ from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend
 from diffmoe_kernels.checks import at_least_float32, check_choice
 from diffmoe_kernels.modules.buffers import Float32Buffers
-from diffmoe_kernels.modules.feed_forward import Experts, FeedForward
+from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, tokens_and_residual
 from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.modules.router import ExpertChoiceRouter
 from diffmoe_kernels.ops.token_drop import RULES
@@ -151,15 +151,7 @@ class ExpertChoiceMoE(Float32Buffers):
         Raises:
             ValueError: a last dimension other than D, or a residual of another shape.
         """
-        if x.dim() < 2 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x: expected shape (..., N, {self.hidden_size}), got {tuple(x.shape)}")
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"residual: expected shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-        tokens = x.reshape(-1, self.hidden_size)  # (T, D)
-        added = None if residual is None else residual.reshape(tokens.shape)
-        if self.shared_expert is not None:
-            shared = self.shared_expert(tokens)
-            added = shared if added is None else added + shared
+        tokens, added = tokens_and_residual(x, residual, self.hidden_size, self.shared_expert)  # (T, D)
         scores = self.router(tokens)  # (T, E)
         if self.training or self.capacity_predictor is None:
             num_pools = max(math.prod(x.shape[:-2]), 1) if self.pool == "sample" else 1

@@ -118,3 +118,23 @@ class Experts(nn.Module):
         num_experts, hidden_size, intermediate_size = self.down_proj.shape
         bias = self.down_proj_bias is not None
         return f"{hidden_size}, {intermediate_size}, num_experts={num_experts}, {self.activation}, bias={bias}"
+
+
+def tokens_and_residual(
+    x: Tensor, residual: Tensor | None, hidden_size: int, shared_expert: nn.Module | None
+) -> tuple[Tensor, Tensor | None]:
+    """A mixture's input as (T, D), and what its combine adds: the residual, the shared expert's output, both or None.
+
+    Raises:
+        ValueError: a last dimension other than D, fewer than two dimensions, or a residual of another shape.
+    """
+    if x.dim() < 2 or x.shape[-1] != hidden_size:
+        raise ValueError(f"x: expected shape (..., T, {hidden_size}), got {tuple(x.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual: expected shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    tokens = x.reshape(-1, hidden_size)
+    added = None if residual is None else residual.reshape(tokens.shape)
+    if shared_expert is not None:
+        shared = shared_expert(tokens)
+        added = shared if added is None else added + shared
+    return tokens, added

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend
 from diffmoe_kernels.checks import at_least_float32
-from diffmoe_kernels.modules.feed_forward import Experts, FeedForward
+from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, tokens_and_residual
 from diffmoe_kernels.modules.router import TopKRouter
 from diffmoe_kernels.routing import Routing
 
@@ -160,15 +160,7 @@ class MoE(nn.Module):
         Raises:
             ValueError: a last dimension other than D, or a residual of another shape.
         """
-        if x.dim() < 2 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x: expected shape (..., T, {self.hidden_size}), got {tuple(x.shape)}")
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"residual: expected shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-        tokens = x.reshape(-1, self.hidden_size)  # (T, D)
-        added = None if residual is None else residual.reshape(tokens.shape)
-        if self.shared_expert is not None:
-            shared = self.shared_expert(tokens)
-            added = shared if added is None else added + shared
+        tokens, added = tokens_and_residual(x, residual, self.hidden_size, self.shared_expert)  # (T, D)
         choice = self.router(tokens)
         routing, num_dropped = self._bound(choice)
         y = self.experts(tokens, routing, added).view(x.shape)

@@ -307,9 +307,9 @@ def test_construction_rejects(message, options):
 
 def test_forward_rejects():
     layer = make()
-    with pytest.raises(ValueError, match=r"x: expected shape \(\.\.\., N, 8\), got \(3, 7\)"):
+    with pytest.raises(ValueError, match=r"x: expected shape \(\.\.\., T, 8\), got \(3, 7\)"):
         layer(torch.zeros(3, 7))
-    with pytest.raises(ValueError, match=r"x: expected shape \(\.\.\., N, 8\), got \(8,\)"):
+    with pytest.raises(ValueError, match=r"x: expected shape \(\.\.\., T, 8\), got \(8,\)"):
         layer(torch.zeros(8))
     with pytest.raises(ValueError, match=r"residual: expected shape \(3, 8\), got \(8,\)"):
         layer(torch.zeros(3, 8), residual=torch.zeros(8))
