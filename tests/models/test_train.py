@@ -270,3 +270,20 @@ def test_an_output_that_is_a_file_ends_with_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["--model", "DiT-digits", "--steps", "1", "--output", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_trainer_follows_a_capacity_schedule(tmp_path, monkeypatch):
+    seen = []
+    options = {"capacity_schedule": [1, 3], "num_experts": 4, "depth": 2, "hidden_size": 16, "num_heads": 2}
+    trainer = Trainer(
+        TrainConfig(
+            model="DiffMoE-digits", model_options=options, output=str(tmp_path), steps=5, batch_size=8, sample_steps=1
+        )
+    )
+    layer = trainer.model.blocks[1].mlp
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *a, **k: seen.append(layer.capacity_factor) or forward(*a, **k))
+    trainer.fit()
+    assert seen == [4, 4, 2.5, 1, 1]
+    assert layer.expert_threshold.all(), "thresholds moved with every step"
+    assert trainer.ema.module.blocks[1].mlp.expert_threshold.all()
