@@ -4,15 +4,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.data import check_labels, save_grid, save_npz, to_uint8
-from models.objectives import objective_for
+from models.objectives import Method, Objective, objective_for
 from models.training.config import build_config, config_parser, option, require
-from models.training.loading import Weights, load_model, pick_device
+from models.training.loading import Weights, load_trained, pick_device
 
 GRID_IMAGES = 100  # shown at most
 
@@ -28,20 +29,22 @@ class SampleConfig:
     checkpoint: str = option("runs/train", "run directory, for its newest checkpoint, or a checkpoint file")
     output: str = option("samples", "directory for grid.png and samples.npz")
     model: str | None = option(None, "name of the model you expect; a checkpoint of another one is refused")
-    weights: Weights = option("ema", "the moving average of the weights, or those of the last step")
+    weights: Weights = option("ema", "the moving average of the weights, a second one, or those of the last step")
     num_samples: int = option(100, "how many images, as many of each class")
     classes: list[int] | None = option(None, "labels to sample, all by default", items=int)
     unconditional: bool = option(False, "sample without a class, for models trained with label dropout")
-    steps: int = option(50, "solver steps")
-    method: Literal["euler", "heun"] = option("euler", "solver; heun calls the model twice per step")
+    method: Method | None = option(None, "sampler: euler, heun (two calls a step), dopri5; for ddpm ancestral, ddim")
+    steps: int | None = option(None, "sampler's steps; 50, and 250 for ancestral, by default")
+    objective_options: dict[str, Any] = option({}, "settings of the run's objective to change, such as JiT's guidance")
     cfg_scale: float = option(1.5, "guidance towards the class, 1 for none; without effect on --unconditional")
     seed: int = option(0, "seed of the noise")
     batch_size: int = option(256, "images at a time: a matter of speed and memory")
+    autoencoder: str | None = option(None, "decoder of latents, where not the one that the model was trained with")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps", "batch_size"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
+            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         require(self, "classes", self.classes is None or not self.unconditional, "left out with --unconditional")
 
 
@@ -54,37 +57,73 @@ def sample_images(
     model: nn.Module,
     labels: Tensor,
     *,
+    objective: Objective | None = None,
     seed: int = 0,
-    steps: int = 50,
-    method: Literal["euler", "heun"] = "euler",
+    steps: int | None = None,
+    method: Method | None = None,
     cfg_scale: float = 1.0,
     batch_size: int = 256,
 ) -> Tensor:
-    """Images of the given labels; the noise that image i starts from depends on `seed` and i alone.
+    """Images of the given labels; all noise of image i depends on `seed` and i alone.
 
     Neither `batch_size` nor the device changes that noise, and torch's global generators are left as they are.
 
     Args:
         model: in evaluation mode.
         labels: (N,) int64 in [0, model.num_classes), or model.null_label.
+        objective: that the model was trained with; by default the one of its family.
+        steps, method, cfg_scale: see `Objective.sample`.
 
     Returns:
-        (N, C, H, W) float32 on the CPU, about [-1, 1], not clipped.
+        (N, C, H, W) float32 on the CPU, about [-1, 1], not clipped; latents of a latent model.
 
     Raises:
-        TypeError, ValueError: as `RectifiedFlow.sample` does.
+        TypeError, ValueError: as `Objective.sample` does.
     """
-    device, flow = next(model.parameters()).device, objective_for(model)
+    objective = objective_for(model) if objective is None else objective
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     noise = torch.empty(len(labels), model.in_channels, model.input_size, model.input_size)
     for image in noise:
         image.normal_(generator=generator)
-    return torch.cat(
-        [
-            flow.sample(model, z.to(device), y.to(device), steps=steps, method=method, cfg_scale=cfg_scale).cpu()
-            for z, y in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
+    parts = []
+    for start in range(0, len(labels), batch_size):
+        batch = slice(start, start + batch_size)
+        part = objective.sample(
+            model,
+            noise[batch].to(device),
+            labels[batch].to(device),
+            steps=steps,
+            method=method,
+            cfg_scale=cfg_scale,
+            step_noise=_StepNoise(seed, start, noise[batch]),
+        )
+        parts.append(part.cpu())
+    return torch.cat(parts)
+
+
+class _StepNoise:
+    """The noise that a sampler adds on its way: each image has a generator of its own."""
+
+    def __init__(self, seed: int, first: int, like: Tensor) -> None:
+        states = [
+            np.random.SeedSequence([seed % 2**64, first + i]).generate_state(1, np.uint64) for i in range(len(like))
         ]
-    )
+        self.generators = [torch.Generator().manual_seed(int(state)) for (state,) in states]
+        self.shape = like.shape[1:]
+
+    def __call__(self) -> Tensor:
+        """(N, C, H, W) standard normal."""
+        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+
+
+def decode(samples: Tensor, autoencoder: str | None, device: torch.device) -> Tensor:
+    """Latents to images (N, 3, H, W) on the CPU, by the autoencoder of that path or hub name; None leaves pixels."""
+    if autoencoder is None:
+        return samples
+    from models.data.latents import Autoencoder
+
+    return Autoencoder(autoencoder).decode(samples.to(device)).cpu()
 
 
 def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
@@ -93,7 +132,15 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
     Raises:
         TypeError, ValueError: no usable checkpoint, labels out of range, or a request that the model can't meet.
     """
-    model = load_model(config.checkpoint, weights=config.weights, name=config.model, device=pick_device(config.device))
+    device = pick_device(config.device)
+    trained = load_trained(
+        config.checkpoint,
+        weights=config.weights,
+        name=config.model,
+        objective_options=config.objective_options,
+        device=device,
+    )
+    model, decoder = trained.model, config.autoencoder or trained.autoencoder
     if config.unconditional:
         # Without a null label this is the label that would be it, which the sampler refuses by its reason.
         labels, cfg_scale = torch.full((config.num_samples,), model.num_classes), 1.0
@@ -103,17 +150,17 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
         check_labels(torch.tensor(classes), model.num_classes)
         labels, cfg_scale = balanced_labels(config.num_samples, classes), config.cfg_scale
         columns = min(len(classes), config.num_samples)
-    images = to_uint8(
-        sample_images(
-            model,
-            labels,
-            seed=config.seed,
-            steps=config.steps,
-            method=config.method,
-            cfg_scale=cfg_scale,
-            batch_size=config.batch_size,
-        )
+    samples = sample_images(
+        model,
+        labels,
+        objective=trained.objective,
+        seed=config.seed,
+        steps=config.steps,
+        method=config.method,
+        cfg_scale=cfg_scale,
+        batch_size=config.batch_size,
     )
+    images = to_uint8(decode(samples, decoder, device))
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     grid, archive = output / "grid.png", output / "samples.npz"

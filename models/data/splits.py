@@ -1,5 +1,6 @@
 """What a dataset is to the trainer and to the metrics: two fixed splits and the facts a model is built from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +12,28 @@ from torch.utils.data import Dataset, default_collate
 class DataSplits:
     """A dataset cut once into images to train on and images that no model ever sees.
 
-    Items of both splits are `(image, label)`: float32 (channels, image_size, image_size) in [-1, 1] and an int64
-    scalar tensor in [0, num_classes).
+    Items of `holdout` are `(image, label)`: float32 (channels, image_size, image_size) in [-1, 1] and an int64 scalar
+    tensor in [0, num_classes). So are those of `train` where there is no `draw`.
+
+    Attributes:
+        name: what the dataset is called in messages: "digits", or its folder.
+        holdout: None where nothing is held out; such a dataset can't be scored against.
+        image_size, channels: of what the model sees, latents where there is an `autoencoder`.
+        class_names: by label; empty where classes have no names but their numbers.
+        draw: turns a batch of the items' first entries, on the device that trains, into images for the model (N,
+            channels, image_size, image_size), drawing from torch's global generators: flips, latents from their distributions.
+        autoencoder: local path or hub name of the diffusers AutoencoderKL that latents are decoded by; None for pixels.
     """
 
     name: str
     train: Dataset
-    holdout: Dataset
+    holdout: Dataset | None
     num_classes: int
     image_size: int
     channels: int
+    class_names: tuple[str, ...] = ()
+    draw: Callable[[Tensor], Tensor] | None = None
+    autoencoder: str | None = None
 
 
 def collect(dataset: Dataset) -> tuple[Tensor, Tensor]:

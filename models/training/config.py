@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from models.objectives import Method, ObjectiveName
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -37,7 +39,12 @@ class TrainConfig:
 
     model: str = option("DSMoE-digits", "name of the model, one of `python -m models.list`")
     model_options: dict[str, Any] = option({}, "fields of the model's config to override, such as '{depth: 4}'")
-    data: str = option("digits", "dataset to train on")
+    objective: ObjectiveName = option("auto", "flow, jit or ddpm; auto is jit for JiT and JiTMoE, else flow")
+    objective_options: dict[str, Any] = option({}, "settings of the objective, such as '{noise_scale: 2.0}' for jit")
+    data: str = option("digits", "digits, a folder of class folders of images, or one that models.encode wrote")
+    image_size: int = option(256, "of an image folder: side that images are resized and cut to")
+    flip: bool = option(True, "of an image folder: mirror images at random")
+    autoencoder: str | None = option(None, "of an image folder: train on latents of this diffusers AutoencoderKL")
     output: str = option("runs/train", "run directory to create", change_on_resume=True)
     seed: int = option(0, "seed of the weights, of the data order and of the training noise")
 
@@ -51,6 +58,7 @@ class TrainConfig:
     weight_decay: float = option(0.0, "AdamW's weight decay")
     grad_clip: float | None = option(1.0, "largest gradient norm, larger ones are scaled down; null for no limit")
     ema_decay: float = option(0.995, "decay of the averaged weights, which samples come from (0.9999 for long runs)")
+    ema_decay2: float | None = option(None, "decay of a second average (JiT keeps 0.9999 and 0.9996); null for none")
     precision: Literal["float32", "bfloat16"] = option("float32", "bfloat16 runs the model under autocast")
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one", change_on_resume=True)
@@ -62,20 +70,23 @@ class TrainConfig:
     keep_checkpoints: int = option(3, "how many of the newest checkpoints are kept", change_on_resume=True)
     sample_every: int = option(500, "steps between sample grids; one more at the end", change_on_resume=True)
     sample_rows: int = option(4, "rows of the sample grid, a column per class", change_on_resume=True)
-    sample_steps: int = option(50, "Euler steps of the samples", change_on_resume=True)
+    sample_method: Method | None = option(None, "sampler, the objective's usual one by default", change_on_resume=True)
+    sample_steps: int | None = option(None, "steps of the samples, as usual for the sampler", change_on_resume=True)
     sample_cfg_scale: float = option(
         1.5, "guidance of the samples, for models trained with label dropout; 1 for none", change_on_resume=True
     )
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulation", "sample_rows", "sample_steps", "keep_checkpoints")
+        counts = ("steps", "batch_size", "accumulation", "sample_rows", "keep_checkpoints", "image_size")
         for name in (*counts, "log_every", "checkpoint_every", "sample_every"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "sample_steps", self.sample_steps is None or self.sample_steps >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "workers"):
             require(self, name, getattr(self, name) >= 0, "at least 0")
         require(self, "learning_rate", self.learning_rate > 0, "above 0")
         require(self, "beta2", 0 <= self.beta2 < 1, "in [0, 1)")
         require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        require(self, "ema_decay2", self.ema_decay2 is None or 0 <= self.ema_decay2 < 1, "in [0, 1), or null for none")
         require(self, "grad_clip", self.grad_clip is None or self.grad_clip > 0, "above 0, or null for no limit")
         require(self, "max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0, or null for no limit")
         require(self, "accumulation", self.accumulation <= self.batch_size, f"at most batch_size, {self.batch_size}")

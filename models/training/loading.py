@@ -1,6 +1,7 @@
 """From a model's name and a dataset to a model, and from a checkpoint back to the model it was written from."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,24 @@ from torch import nn
 
 from models import create_model
 from models.data import DataSplits
+from models.objectives import Objective, objective_for
 from models.training.checkpoints import CheckpointError, load_checkpoint, load_newest
 
-Weights = Literal["ema", "model"]
+Weights = Literal["ema", "ema2", "model"]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What sampling needs of a run.
+
+    model: in evaluation mode.
+    objective: the one it was trained with.
+    autoencoder: local path or hub name of the autoencoder whose latents the model makes; None for pixels.
+    """
+
+    model: nn.Module
+    objective: Objective
+    autoencoder: str | None
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,23 +72,26 @@ def check_model_config(model: nn.Module, state: dict[str, Any], path: Path) -> N
             )
 
 
-def load_model(
+def load_trained(
     checkpoint: Path | str,
     *,
     weights: Weights = "ema",
     name: str | None = None,
+    objective_options: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
-) -> nn.Module:
-    """The trained model of a run directory or checkpoint file, in evaluation mode.
+) -> TrainedModel:
+    """The trained model of a run directory or checkpoint file, and the objective that it was trained with.
 
     Args:
         checkpoint: a run directory of `models.train`, for its newest readable checkpoint, or one checkpoint file.
-        weights: "ema" for the moving average, "model" for the weights of the last step.
+        weights: "ema" for the moving average, "ema2" for a second one, "model" for the weights of the last step.
         name: the model's name, where a checkpoint of any other shall be refused.
+        objective_options: settings of the objective to change, such as JiT's `guidance_interval`.
         device: where the model goes.
 
     Raises:
         CheckpointError: (a ValueError) nothing readable there, or a checkpoint of another model or config.
+        ValueError: settings that the objective does not have.
     """
     path, state = _read(Path(checkpoint))
     if name is not None and name != state["model_name"]:
@@ -80,10 +99,22 @@ def load_model(
             f"{path} is a checkpoint of {state['model_name']}, not of {name}: ask for {state['model_name']}, "
             "or pass the checkpoint of another run"
         )
+    if state.get(weights) is None:
+        raise CheckpointError(
+            f"{path} holds no {weights!r} weights: its run had no --ema-decay2; ask for 'ema' or 'model'"
+        )
     model = create_model(state["model_name"], **state["model_overrides"])
     check_model_config(model, state, path)
     load_weights(model, state[weights], path)
-    return model.to(device).eval()
+    options = state["train_config"]
+    settings = {**options.get("objective_options", {}), **(objective_options or {})}
+    objective = objective_for(model, options.get("objective", "auto"), **settings)
+    return TrainedModel(model.to(device).eval(), objective, state.get("autoencoder"))
+
+
+def load_model(checkpoint: Path | str, **arguments: Any) -> nn.Module:
+    """The model of `load_trained`, which has the arguments."""
+    return load_trained(checkpoint, **arguments).model
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:

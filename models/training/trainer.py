@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
@@ -22,7 +22,7 @@ from models import create_model
 from models.data import load_dataset, save_grid, to_uint8
 from models.files import write_atomically
 from models.objectives import objective_for
-from models.sample import balanced_labels, sample_images
+from models.sample import balanced_labels, decode, sample_images
 from models.training.batches import ShuffledBatches
 from models.training.checkpoints import (
     checkpoint_path,
@@ -95,12 +95,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = create_model(config.model, **self.model_overrides).to(self.device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.ema = AveragedModel(self.model, multi_avg_fn=ema_update(config.ema_decay), use_buffers=True)
-        self.ema.eval().requires_grad_(False)
+        decays = {"ema": config.ema_decay, "ema2": config.ema_decay2}
+        self.averages = {name: average(self.model, decay) for name, decay in decays.items() if decay is not None}
         self.optimizer = torch.optim.AdamW(
             self.parameters, config.learning_rate, (0.9, config.beta2), weight_decay=config.weight_decay
         )
-        self.objective = objective_for(self.model)
+        self.objective = objective_for(self.model, config.objective, **config.objective_options)
+        self.objective.pick_method(config.sample_method, config.sample_steps)  # to refuse them now
         self.step, self.checkpoint = 0, None
         if saved:
             self._restore(*saved)
@@ -142,13 +143,14 @@ class Trainer:
         return TrainResult(self.step, speed, self.checkpoint, ended_by)
 
     def train_step(self, images: Tensor, labels: Tensor) -> StepStats:
-        """One optimizer step on a batch: (N, C, H, W) float32 images and (N,) int64 labels.
+        """One optimizer step on a batch of `data.train`: (N, ...) images and (N,) int64 labels.
 
-        Times and noise are drawn for the whole batch, so that cutting it into parts does not change them.
+        Flips, latents, times and noise are drawn for the whole batch, so that cutting it into parts does not change them.
         """
         if hasattr(self.model, "set_training_step"):  # a capacity schedule
             self.model.set_training_step(self.step)
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        images = images if self.data.draw is None else self.data.draw(images)
         t, noise = self.objective.draw_times(len(images), self.device), torch.randn_like(images)
         totals, auxes = torch.zeros(2, device=self.device), []
         parts = [tensor.tensor_split(self.config.accumulation) for tensor in (images, labels, t, noise)]
@@ -169,7 +171,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.update_routing_state(auxes)
-        self.ema.update_parameters(self.model)
+        for ema in self.averages.values():
+            ema.update_parameters(self.model)
         self.step += 1
         return stats
 
@@ -182,7 +185,7 @@ class Trainer:
         if self.checkpoint == checkpoint_path(self.run, self.step):
             return
         state = self.state_dict()
-        for name in ("model", "ema"):
+        for name in ("model", *self.averages):
             for key, value in state[name].items():
                 if not value.isfinite().all():
                     raise self._non_finite(f"{key} of the {name} weights holds NaN or infinity", self.step)
@@ -192,11 +195,19 @@ class Trainer:
         """Write a grid of samples of the averaged weights, a column per class."""
         columns = min(self.data.num_classes, GRID_COLUMNS)
         labels = balanced_labels(columns * self.config.sample_rows, range(columns))
-        scale = self.config.sample_cfg_scale if self.ema.module.null_label is not None else 1.0
-        images = sample_images(self.ema.module, labels, steps=self.config.sample_steps, cfg_scale=scale)
+        config, model = self.config, self.averages["ema"].module
+        samples = sample_images(
+            model,
+            labels,
+            objective=self.objective,
+            method=config.sample_method,
+            steps=config.sample_steps,
+            cfg_scale=config.sample_cfg_scale if model.null_label is not None else 1.0,
+        )
+        images = to_uint8(decode(samples, self.data.autoencoder, self.device))
         path = self.run / "samples" / f"step-{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        save_grid(path, to_uint8(images), columns, column_labels=[str(label) for label in range(columns)])
+        save_grid(path, images, columns, column_labels=[str(label) for label in range(columns)])
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run's future depends on, in tensors and plain values."""
@@ -208,7 +219,8 @@ class Trainer:
             "model_config": dataclasses.asdict(self.model.config),
             "train_config": dataclasses.asdict(self.config),
             "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict(),
+            **{name: ema.module.state_dict() for name, ema in self.averages.items()},
+            "autoencoder": self.data.autoencoder,
             "optimizer": self.optimizer.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []},
             "environment": self._environment(),
@@ -231,10 +243,11 @@ class Trainer:
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         check_model_config(self.model, state, path)
         load_weights(self.model, state["model"], path)
-        load_weights(self.ema.module, state["ema"], path)
+        for name, ema in self.averages.items():
+            load_weights(ema.module, state[name], path)
+            ema.n_averaged.fill_(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.ema.n_averaged.fill_(self.step)
         self.checkpoint = path
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"]:
@@ -297,6 +310,12 @@ class Trainer:
             f"step {step}: {what}; training stopped, {good}. "
             "Start a new run with a lower --learning-rate, a smaller --grad-clip or --precision float32"
         )
+
+
+def average(model: nn.Module, decay: float) -> AveragedModel:
+    """A moving average of the model's weights and buffers, in evaluation mode."""
+    ema = AveragedModel(model, multi_avg_fn=ema_update(decay), use_buffers=True)
+    return ema.eval().requires_grad_(False)
 
 
 def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:

@@ -178,7 +178,8 @@ def test_loss_refuses_step_numbers_as_times(model):
         ({"labels": torch.tensor([0, 1])}, "labels must have one entry"),
         ({"cfg_scale": 2.0, "null_labels": torch.tensor([10])}, "null_labels must have one entry"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"method": "rk4"}, 'method must be "euler" or "heun"'),
+        ({"method": "rk4"}, "method must be 'euler' or 'heun' or 'dopri5', got 'rk4'"),
+        ({"method": "dopri5"}, "steps must be left out with 'dopri5'.*got 2"),
     ],
 )
 def test_sample_refuses(model, change, message):

@@ -207,7 +207,7 @@ def test_moving_average_covers_parameters_and_buffers(tmp_path):
     for _ in range(2):
         trainer.train_step(*next(batches))
         states.append({key: value.clone() for key, value in trainer.model.state_dict().items()})
-    averaged = trainer.ema.module.state_dict()
+    averaged = trainer.averages["ema"].module.state_dict()
     assert any("bias" in name and not torch.equal(states[0][name], states[1][name]) for name in averaged)
     for name, value in averaged.items():
         torch.testing.assert_close(value, 0.75 * states[0][name] + 0.25 * states[1][name])
@@ -286,4 +286,4 @@ def test_the_trainer_follows_a_capacity_schedule(tmp_path, monkeypatch):
     trainer.fit()
     assert seen == [4, 4, 2.5, 1, 1]
     assert layer.expert_threshold.all(), "thresholds moved with every step"
-    assert trainer.ema.module.blocks[1].mlp.expert_threshold.all()
+    assert trainer.averages["ema"].module.blocks[1].mlp.expert_threshold.all()

@@ -207,7 +207,7 @@ def test_the_loss_trains_the_predictor_alone():
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("seed", range(4))
 def test_what_a_sample_owes_to_its_batch_mates(seed, backend, inference):
-    """By the token rule nothing is chosen differently; a matrix product of another height may round differently."""
+    """By the token rule nothing, to the bit; the reference multiplies groups of another size, which rounds differently."""
     torch.manual_seed(seed)
     layer = evaluated(hidden=16, inner=32, inference=inference, backend=backend, shared_intermediate_size=16)
     batch, others = torch.randn(2, 4, 16, 16)
@@ -223,7 +223,7 @@ def test_what_a_sample_owes_to_its_batch_mates(seed, backend, inference):
     ours, other = layer(batch)[1], layer(others)[1]
     if inference == "token":
         assert torch.equal(*gates[:2])
-        assert_close(ours, other, tolerance=1e-6)
+        assert_close(ours, other, tolerance=1e-6 if backend == "reference" else 0.0)
         # The same sizes of groups: the same bits.
         assert torch.equal(layer(batch[[3, 1, 0, 2]])[1], ours)
     else:

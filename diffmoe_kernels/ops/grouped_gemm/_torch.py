@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FEWEST_ROWS = 16  # below it a CPU's matrix product takes another routine, whose rounding is another
 _DIVIDED = {(2, 3): (0, None), (2, 2): (1, 0), (3, 2): (None, 1), (3, 3): (None, None)}  # by offs, of x and of w
 
 
@@ -22,11 +23,27 @@ def grouped_gemm_torch(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor |
 
 def multiply_rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
     """(R, K), (E, K, N) -> (R, N), 0 past the last group; there the gradient of x is uninitialised."""
-    out = _AlignedGradient.apply(F.grouped_mm(_aligned(x, 0), _aligned(w, None), offs=offs), 0)
+    if x.device.type == "cpu":
+        out = _multiply_padded(x, w, offs)
+    else:
+        out = _AlignedGradient.apply(F.grouped_mm(_aligned(x, 0), _aligned(w, None), offs=offs), 0)
     if bias is not None:
         group = torch.searchsorted(offs, _arange(x.shape[0], offs), right=True).clamp(max=offs.shape[0] - 1)
         out = out + bias.index_select(0, group)
     return _reached(out, offs, 0)
+
+
+def _multiply_padded(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    """The same with zero rows added to small groups, so that a row's bits do not depend on how many are with it."""
+    sizes = offs.diff(prepend=offs.new_zeros(1))
+    added = (_FEWEST_ROWS - sizes).clamp(min=0).where(sizes > 0, 0)
+    added_before = F.pad(added.cumsum(0, dtype=offs.dtype), (1, 0))  # (E + 1,), the last for rows past all groups
+    rows = _arange(x.shape[0], offs)
+    places = rows + added_before.index_select(0, torch.searchsorted(offs, rows, right=True))
+    padded = x.new_zeros(x.shape[0] + _FEWEST_ROWS * len(offs), x.shape[1]).index_copy(0, places.long(), x)
+    padded_offs = offs + added_before[1:]
+    out = _AlignedGradient.apply(F.grouped_mm(_aligned(padded, 0), _aligned(w, None), offs=padded_offs), 0)
+    return out.index_select(0, places)
 
 
 def why_not(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> str | None:
