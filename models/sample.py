@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.data import check_labels, save_grid, save_npz, to_uint8
+from models.data import check_labels, load_autoencoder, save_grid, save_npz, to_uint8
 from models.objectives import Method, Objective, objective_for
 from models.training.config import build_config, config_parser, option, require
 from models.training.loading import Weights, load_trained, pick_device
@@ -106,10 +106,8 @@ class _StepNoise:
     """The noise that a sampler adds on its way: each image has a generator of its own."""
 
     def __init__(self, seed: int, first: int, like: Tensor) -> None:
-        states = [
-            np.random.SeedSequence([seed % 2**64, first + i]).generate_state(1, np.uint64) for i in range(len(like))
-        ]
-        self.generators = [torch.Generator().manual_seed(int(state)) for (state,) in states]
+        seeds = [np.random.SeedSequence([seed % 2**64, first + i]) for i in range(len(like))]
+        self.generators = [torch.Generator().manual_seed(int(s.generate_state(1, np.uint64)[0])) for s in seeds]
         self.shape = like.shape[1:]
 
     def __call__(self) -> Tensor:
@@ -119,11 +117,7 @@ class _StepNoise:
 
 def decode(samples: Tensor, autoencoder: str | None, device: torch.device) -> Tensor:
     """Latents to images (N, 3, H, W) on the CPU, by the autoencoder of that path or hub name; None leaves pixels."""
-    if autoencoder is None:
-        return samples
-    from models.data.latents import Autoencoder
-
-    return Autoencoder(autoencoder).decode(samples.to(device)).cpu()
+    return samples if autoencoder is None else load_autoencoder(autoencoder).decode(samples.to(device)).cpu()
 
 
 def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:

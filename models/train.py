@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         result = trainer.fit()
-    except NonFiniteError as error:
+    except (NonFiniteError, ValueError) as error:  # of the weights, or of an image that can't be read
         print(f"error: {error}", file=sys.stderr)
         return 1
 

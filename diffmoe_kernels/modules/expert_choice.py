@@ -15,7 +15,7 @@ from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend
 from diffmoe_kernels.checks import at_least_float32, check_choice
 from diffmoe_kernels.modules.buffers import Float32Buffers
-from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, tokens_and_residual
+from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_capacity, tokens_and_residual
 from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.modules.router import ExpertChoiceRouter
 from diffmoe_kernels.ops.token_drop import RULES
@@ -66,8 +66,8 @@ class ExpertChoiceMoE(Float32Buffers):
         inference: "pool": the predictor sets each expert's count, the score picks the tokens (official; a sample's
             result depends on its batch). "token": each token goes to the experts whose threshold its own prediction
             passes (a sample's choice does not depend on its batch, unless max_capacity_factor drops some).
-        max_capacity_factor: at inference an expert takes at most int(S / E * max_capacity_factor) tokens, drops those
-            of the lowest score and counts them; None bounds it by S, all tokens.
+        max_capacity_factor: at inference an expert takes at most int(S / E * max_capacity_factor) tokens, but one if
+            that is 0, drops those of the lowest score and counts them; None bounds it by S, all tokens.
         threshold_decay: of the thresholds' moving average.
         backend: of the experts; see `diffmoe_kernels.backend`.
 
@@ -149,7 +149,8 @@ class ExpertChoiceMoE(Float32Buffers):
             y: x's shape, in x's dtype, or autocast's.
 
         Raises:
-            ValueError: a last dimension other than D, or a residual of another shape.
+            ValueError: a last dimension other than D, a residual of another shape, or a pool so small that its capacity
+                is under one token.
         """
         tokens, added = tokens_and_residual(x, residual, self.hidden_size, self.shared_expert)  # (T, D)
         scores = self.router(tokens)  # (T, E)
@@ -188,13 +189,14 @@ class ExpertChoiceMoE(Float32Buffers):
             threshold /= dist.get_world_size()
         self.assign_buffer("expert_threshold", threshold)
 
-    def _capacity(self, pool_size: int, factor: float | None = None) -> int:
-        factor = self.capacity_factor if factor is None else factor
-        return min(int(pool_size / self.num_experts * factor), pool_size)
+    def _capacity(self, pool_size: int) -> int:
+        return expert_capacity(pool_size, self.num_experts, self.capacity_factor)
 
     def _infer(self, tokens: Tensor, scores: Tensor) -> tuple[Routing, Tensor]:
         self._warn_of_first_thresholds()
-        bound = None if self.max_capacity_factor is None else self._capacity(len(tokens), self.max_capacity_factor)
+        bound = None
+        if self.max_capacity_factor is not None:  # of a batch of any size, unlike the capacity in training
+            bound = min(max(int(len(tokens) / self.num_experts * self.max_capacity_factor), 1), len(tokens))
         return ops.token_drop_predicted(
             scores,
             self.capacity_predictor(tokens.detach()),

@@ -120,6 +120,22 @@ class Experts(nn.Module):
         return f"{hidden_size}, {intermediate_size}, num_experts={num_experts}, {self.activation}, bias={bias}"
 
 
+def expert_capacity(num_choices: int, num_experts: int, capacity_factor: float) -> int:
+    """int(num_choices / num_experts * capacity_factor), at most num_choices; 0 of none.
+
+    Raises:
+        ValueError: choices, but a capacity below one: the experts would compute nothing.
+    """
+    capacity = min(int(num_choices / num_experts * capacity_factor), num_choices)
+    if capacity < 1 <= num_choices:
+        raise ValueError(
+            f"x: with capacity_factor {capacity_factor} each of {num_experts} experts would take int({num_choices} / "
+            f"{num_experts} * {capacity_factor}) = 0 tokens, expected at least 1: use a larger batch (and drop a last "
+            "one that is smaller), or a larger capacity_factor"
+        )
+    return capacity
+
+
 def tokens_and_residual(
     x: Tensor, residual: Tensor | None, hidden_size: int, shared_expert: nn.Module | None
 ) -> tuple[Tensor, Tensor | None]:

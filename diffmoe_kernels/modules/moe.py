@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend
 from diffmoe_kernels.checks import at_least_float32
-from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, tokens_and_residual
+from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_capacity, tokens_and_residual
 from diffmoe_kernels.modules.router import TopKRouter
 from diffmoe_kernels.routing import Routing
 
@@ -194,7 +194,7 @@ class MoE(nn.Module):
         if self.capacity_factor is None:
             return choice.routing, choice.topk_ids.new_zeros((), dtype=torch.int64)
         num_experts = self.router.num_experts
-        capacity = int(choice.topk_ids.numel() / num_experts * self.capacity_factor)
+        capacity = expert_capacity(choice.topk_ids.numel(), num_experts, self.capacity_factor)
         ids, num_dropped = ops.token_choice_drop(choice.topk_ids, choice.topk_weights, num_experts, capacity)
         return Routing.from_topk(ids, choice.topk_weights, num_experts), num_dropped
 

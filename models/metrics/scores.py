@@ -64,8 +64,13 @@ def score_samples(
 
     Raises:
         TypeError: `images` or `labels` of a wrong type.
-        ValueError: a wrong image size, number of channels, number of samples or label.
+        ValueError: nothing held out, a wrong image size, number of channels, number of samples or label.
     """
+    if data.holdout is None:
+        raise ValueError(
+            f"{data.name} holds no images out that samples could be scored against: "
+            "give samples.npz to the ADM evaluator, with a reference batch of the dataset"
+        )
     images = images if isinstance(images, Tensor) and images.dtype == torch.uint8 else to_uint8(images)
     samples = from_uint8(images.cpu(), channels=data.channels)
     holdout, holdout_labels = collect(data.holdout)

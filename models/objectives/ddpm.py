@@ -2,8 +2,8 @@
 
 Sources: J. Ho, A. Jain, P. Abbeel, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239); A. Nichol,
 P. Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (arXiv:2102.09672), equations 14 to 16 for the variance
-and the hybrid loss; J. Song, C. Meng, S. Ermon, "Denoising Diffusion Implicit Models" (arXiv:2010.02502). Conventions are
-guided-diffusion's (github.com/openai/guided-diffusion), which DiT took over.
+and the hybrid loss; J. Song, C. Meng, S. Ermon, "Denoising Diffusion Implicit Models" (arXiv:2010.02502). Conventions
+are guided-diffusion's (github.com/openai/guided-diffusion), which DiT took over.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ class Trainer:
         self.config, self.run = config, Path(config.output)
         saved = self._find_saved(resume)
         self.device = pick_device(config.device)
-        self.data = load_dataset(config.data)
+        self.data = load_dataset(
+            config.data, image_size=config.image_size, flip=config.flip, autoencoder=config.autoencoder
+        )
         self.model_overrides = model_overrides(config.model_options, self.data)
 
         torch.manual_seed(config.seed)
@@ -145,7 +147,7 @@ class Trainer:
     def train_step(self, images: Tensor, labels: Tensor) -> StepStats:
         """One optimizer step on a batch of `data.train`: (N, ...) images and (N,) int64 labels.
 
-        Flips, latents, times and noise are drawn for the whole batch, so that cutting it into parts does not change them.
+        Flips, latents, times and noise are drawn for the whole batch: cutting it into parts does not change them.
         """
         if hasattr(self.model, "set_training_step"):  # a capacity schedule
             self.model.set_training_step(self.step)
@@ -207,7 +209,8 @@ class Trainer:
         images = to_uint8(decode(samples, self.data.autoencoder, self.device))
         path = self.run / "samples" / f"step-{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        save_grid(path, images, columns, column_labels=[str(label) for label in range(columns)])
+        names = self.data.class_names[:columns] or [str(label) for label in range(columns)]
+        save_grid(path, images, columns, column_labels=names)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run's future depends on, in tensors and plain values."""
@@ -221,6 +224,7 @@ class Trainer:
             "model": self.model.state_dict(),
             **{name: ema.module.state_dict() for name, ema in self.averages.items()},
             "autoencoder": self.data.autoencoder,
+            "class_names": list(self.data.class_names),
             "optimizer": self.optimizer.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []},
             "environment": self._environment(),
@@ -242,6 +246,12 @@ class Trainer:
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         check_model_config(self.model, state, path)
+        was, now = state.get("class_names", []), list(self.data.class_names)
+        if was != now:
+            raise ValueError(
+                f"{self.data.name} has other classes than {path} was trained on, {sorted({*was} ^ {*now})[:5]} among "
+                "them: labels would change their meaning; restore the folder, or start a new run"
+            )
         load_weights(self.model, state["model"], path)
         for name, ema in self.averages.items():
             load_weights(ema.module, state[name], path)
@@ -253,12 +263,13 @@ class Trainer:
         if self.device.type == "cuda" and state["rng"]["cuda"]:
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         was, now = state["environment"], self._environment()
-        changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
+        changed = [f"{name} {was[name]} -> {now[name]}" for name in now if was.get(name, now[name]) != now[name]]
         if changed:
             warnings.warn(f"resumed, but not bit for bit: {', '.join(changed)} since {path} was written", stacklevel=3)
 
     def _environment(self) -> dict[str, Any]:
         versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+        versions |= {"training images": len(self.data.train)}
         how = {"device": self.device.type, "threads": torch.get_num_threads(), "compile": self.config.compile}
         return {**versions, **how}
 

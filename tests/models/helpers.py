@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from models import DiT
@@ -21,3 +24,20 @@ def random_inputs(model: DiT, batch: int = 4) -> tuple[torch.Tensor, torch.Tenso
     """x, t in [0, 1) and labels that the model takes."""
     x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)
     return x, torch.rand(batch), torch.randint(model.num_classes, (batch,))
+
+
+def save_vae(path: Path, **options: Any) -> str:
+    """A tiny AutoencoderKL with random weights; latents of 3 channels, half as wide as the image."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=3,
+        **{"scaling_factor": 0.5, "shift_factor": 0.25, **options},
+    )
+    vae.save_pretrained(path)
+    return str(path)

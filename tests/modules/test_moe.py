@@ -127,6 +127,12 @@ def test_no_tokens_pass_like_a_linear_layer(backend):
     assert all(not p.grad.any() for p in layer.parameters())
 
 
+def test_a_capacity_under_one_token_is_refused():
+    layer = make(capacity_factor=0.5, num_experts=4)
+    with pytest.raises(ValueError, match=r"int\(6 / 4 \* 0.5\) = 0 tokens, expected at least 1: use a larger batch"):
+        layer(torch.randn(3, layer.router.weight.shape[1]))
+
+
 def test_capacity_factor_drops_the_lowest_weights():
     layer = make(capacity_factor=0.5, num_experts=4)
     x = torch.randn(24, 8)
