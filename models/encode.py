@@ -23,7 +23,7 @@ class EncodeConfig:
     output: str = option("", "new or empty folder for the latents, which `models.train --data` then takes")
     image_size: int = option(256, "side in pixels that images are cut and scaled to")
     flip: bool = option(True, "encode mirror images too, for training to choose from; twice the time and space")
-    batch_size: int = option(32, "images at a time: a matter of speed and memory")
+    batch_size: int = option(32, "images at a time: a matter of speed and memory", alias="batch")
     workers: int = option(0, "processes that read images")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
 

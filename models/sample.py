@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from models.data import check_labels, load_autoencoder, save_grid, save_npz, to_uint8
-from models.objectives import Method, Objective, objective_for
+from models.objectives import Method, Objective, ObjectiveName, objective_for
 from models.training.config import build_config, config_parser, option, require
-from models.training.loading import Weights, load_trained, pick_device
+from models.training.loading import TrainedModel, Weights, load_published, load_trained, pick_device
 
 GRID_IMAGES = 100  # shown at most
 
@@ -29,22 +29,30 @@ class SampleConfig:
     checkpoint: str = option("runs/train", "run directory, for its newest checkpoint, or a checkpoint file")
     output: str = option("samples", "directory for grid.png and samples.npz")
     model: str | None = option(None, "name of the model you expect; a checkpoint of another one is refused")
+    official: str | None = option(
+        None, "YAML file of the official model that --checkpoint is of: its target and params"
+    )
     weights: Weights = option("ema", "the moving average of the weights, a second one, or those of the last step")
     num_samples: int = option(100, "how many images, as many of each class")
     classes: list[int] | None = option(None, "labels to sample, all by default", items=int)
     unconditional: bool = option(False, "sample without a class, for models trained with label dropout")
     method: Method | None = option(None, "sampler: euler, heun (two calls a step), dopri5; for ddpm ancestral, ddim")
     steps: int | None = option(None, "sampler's steps; 50, and 250 for ancestral, by default")
-    objective_options: dict[str, Any] = option({}, "settings of the run's objective to change, such as JiT's guidance")
+    objective: ObjectiveName | None = option(None, "of an official model: ddpm where it was trained with that")
+    objective_options: dict[str, Any] = option({}, "settings of the objective to change, such as '{noise_scale: 2.0}'")
     cfg_scale: float = option(1.5, "guidance towards the class, 1 for none; without effect on --unconditional")
     seed: int = option(0, "seed of the noise")
-    batch_size: int = option(256, "images at a time: a matter of speed and memory")
+    batch_size: int = option(256, "images at a time: a matter of speed and memory", alias="batch")
     autoencoder: str | None = option(None, "decoder of latents, where not the one that the model was trained with")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps", "batch_size"):
             require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        fine = self.objective is None or self.official is not None
+        require(self, "objective", fine, "left out without --official, a run has its own")
+        fine = self.model is None or self.official is None
+        require(self, "model", fine, "left out with --official")
         require(self, "classes", self.classes is None or not self.unconditional, "left out with --unconditional")
 
 
@@ -120,6 +128,27 @@ def decode(samples: Tensor, autoencoder: str | None, device: torch.device) -> Te
     return samples if autoencoder is None else load_autoencoder(autoencoder).decode(samples.to(device)).cpu()
 
 
+def check_decodable(model: nn.Module, autoencoder: str | None) -> None:
+    """Refuse, before anything is sampled, a model whose samples that autoencoder does not make images of.
+
+    Raises:
+        ValueError: latents without an autoencoder, or of other channels than its; no such autoencoder.
+        ImportError: diffusers is not installed.
+    """
+    channels = model.in_channels
+    if autoencoder is None:
+        if channels not in (1, 3):
+            raise ValueError(
+                f"the model makes latents of {channels} channels, which need a decoder: pass --autoencoder, such as "
+                "stabilityai/sd-vae-ft-ema"
+            )
+    elif load_autoencoder(autoencoder).channels != channels:
+        raise ValueError(
+            f"autoencoder {autoencoder!r} has latents of {load_autoencoder(autoencoder).channels} channels, "
+            f"but the model makes {channels}: pass the one that the model was trained with"
+        )
+
+
 def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
     """Sample as `config` says; returns the paths of the grid and of the `.npz`, whose `labels` are the classes.
 
@@ -127,14 +156,9 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
         TypeError, ValueError: no usable checkpoint, labels out of range, or a request that the model can't meet.
     """
     device = pick_device(config.device)
-    trained = load_trained(
-        config.checkpoint,
-        weights=config.weights,
-        name=config.model,
-        objective_options=config.objective_options,
-        device=device,
-    )
+    trained = _load(config, device)
     model, decoder = trained.model, config.autoencoder or trained.autoencoder
+    check_decodable(model, decoder)
     if config.unconditional:
         # Without a null label this is the label that would be it, which the sampler refuses by its reason.
         labels, cfg_scale = torch.full((config.num_samples,), model.num_classes), 1.0
@@ -163,6 +187,16 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
     save_grid(grid, images[: rows * columns], columns, column_labels=headings)
     save_npz(archive, images, None if config.unconditional else labels)
     return grid, archive
+
+
+def _load(config: SampleConfig, device: torch.device) -> TrainedModel:
+    options = config.objective_options
+    if config.official is None:
+        return load_trained(
+            config.checkpoint, weights=config.weights, name=config.model, objective_options=options, device=device
+        )
+    model = load_published(config.checkpoint, Path(config.official), weights=config.weights)
+    return TrainedModel(model.to(device), objective_for(model, config.objective or "auto", **options), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

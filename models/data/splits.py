@@ -21,7 +21,7 @@ class DataSplits:
         image_size, channels: of what the model sees, latents where there is an `autoencoder`.
         class_names: by label; empty where classes have no names but their numbers.
         draw: turns a batch of the items' first entries, on the device that trains, into images for the model (N,
-            channels, image_size, image_size), drawing from torch's global generators: flips, latents from their distributions.
+            channels, image_size, image_size), drawing from torch's global generators: flips, latents.
         autoencoder: local path or hub name of the diffusers AutoencoderKL that decodes latents; None for pixels.
     """
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 
-def option(default: Any, help: str, *, items: type | None = None, change_on_resume: bool = False) -> Any:
+def option(
+    default: Any, help: str, *, items: type | None = None, change_on_resume: bool = False, alias: str | None = None
+) -> Any:
     """A dataclass field that also is a command-line option.
 
     Args:
@@ -22,8 +24,9 @@ def option(default: Any, help: str, *, items: type | None = None, change_on_resu
         help: what the command line says about it.
         items: of a list, the type of what may be given one after another: `--classes 3 5`.
         change_on_resume: a resumed run may set it anew.
+        alias: a shorter name on the command line.
     """
-    metadata = {"help": help, "items": items, "change_on_resume": change_on_resume}
+    metadata = {"help": help, "items": items, "change_on_resume": change_on_resume, "alias": alias}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -50,7 +53,7 @@ class TrainConfig:
 
     steps: int = option(2000, "optimizer steps to train for, counted from the start of the run", change_on_resume=True)
     max_minutes: float | None = option(None, "stop early after this time in this process", change_on_resume=True)
-    batch_size: int = option(64, "images per optimizer step (256 is usual for latent models)")
+    batch_size: int = option(64, "images per optimizer step (256 is usual for latent models)", alias="batch")
     accumulation: int = option(1, "parts a batch is cut into, each with its own backward pass, to save memory")
     learning_rate: float = option(1e-3, "AdamW's learning rate after warm-up (1e-4 is usual for latent models)")
     warmup_steps: int = option(100, "steps over which the learning rate rises linearly from 0")
@@ -137,7 +140,8 @@ def config_parser(config_class: type, *, prog: str, description: str) -> "Argume
         elif spec.metadata["items"]:
             kind = {"type": spec.metadata["items"], "nargs": "+"}
         default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
-        parser.add_argument(f"--{flag(spec.name)}", **kind, default=default, help=spec.metadata["help"])
+        names = [flag(name) for name in (spec.name, spec.metadata["alias"]) if name]
+        parser.add_argument(*[f"--{name}" for name in names], **kind, default=default, help=spec.metadata["help"])
     return parser
 
 
@@ -157,11 +161,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The options in a YAML file, unchecked.
 
     Raises:
-        ValueError: the file holds no mapping.
+        ValueError: the file is no YAML or holds no mapping.
     """
     import yaml
 
-    options = yaml.safe_load(path.read_text())
+    try:
+        options = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold options as 'name: value' lines, got {type(options).__name__}")
     return options

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from models import create_model
+from models.checkpoint import build_official, load_official
 from models.data import DataSplits
 from models.objectives import Objective, objective_for
 from models.training.checkpoints import CheckpointError, load_checkpoint, load_newest
+from models.training.config import read_yaml
 
 Weights = Literal["ema", "ema2", "model"]
 
@@ -110,6 +112,26 @@ def load_trained(
     settings = {**options.get("objective_options", {}), **(objective_options or {})}
     objective = objective_for(model, options.get("objective", "auto"), **settings)
     return TrainedModel(model.to(device).eval(), objective, state.get("autoencoder"))
+
+
+def load_published(checkpoint: Path | str, official: Path, *, weights: Weights = "ema") -> nn.Module:
+    """An official model with the weights of a file as its authors publish it, in evaluation mode.
+
+    Args:
+        checkpoint: see `models.checkpoint.load_official`.
+        official: YAML file with `target` and `params`, at its top or under `model`, as `build_official` takes them.
+        weights: "ema2" and "model" as `load_official` has them; "ema" takes the first that is there, as it does.
+
+    Raises:
+        OSError: no such file.
+        ValueError: files that can't be read, or that do not fit each other.
+    """
+    content = read_yaml(official)
+    content = content.get("model", content)
+    if not isinstance(content, dict) or not {"target", "params"} <= content.keys():
+        raise ValueError(f"{official} must name the official model's target and params, at its top or under model")
+    model = build_official(content["target"], content["params"])
+    return load_official(model, checkpoint, weights=None if weights == "ema" else weights).eval()
 
 
 def load_model(checkpoint: Path | str, **arguments: Any) -> nn.Module:

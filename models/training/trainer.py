@@ -22,7 +22,7 @@ from models import create_model
 from models.data import load_dataset, save_grid, to_uint8
 from models.files import write_atomically
 from models.objectives import objective_for
-from models.sample import balanced_labels, decode, sample_images
+from models.sample import balanced_labels, check_decodable, decode, sample_images
 from models.training.batches import ShuffledBatches
 from models.training.checkpoints import (
     checkpoint_path,
@@ -103,7 +103,9 @@ class Trainer:
             self.parameters, config.learning_rate, (0.9, config.beta2), weight_decay=config.weight_decay
         )
         self.objective = objective_for(self.model, config.objective, **config.objective_options)
-        self.objective.pick_method(config.sample_method, config.sample_steps)  # to refuse them now
+        # What samples can't be drawn by is refused now, not when the first are due.
+        self.objective.pick_method(config.sample_method, config.sample_steps)
+        check_decodable(self.model, self.data.autoencoder)
         self.step, self.checkpoint = 0, None
         if saved:
             self._restore(*saved)

@@ -36,8 +36,7 @@ def save_vae(path: Path, **options: Any) -> str:
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
-        latent_channels=3,
-        **{"scaling_factor": 0.5, "shift_factor": 0.25, **options},
+        **{"latent_channels": 3, "scaling_factor": 0.5, "shift_factor": 0.25, **options},
     )
     vae.save_pretrained(path)
     return str(path)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.checkpoint import build_official, official_state_dict
 from models.data import load_dataset
 from models.encode import main as encode_main
 from models.evaluate import main as evaluate_main
@@ -145,3 +146,30 @@ def test_refused_on_the_command_line(tmp_path, request, capsys, change, message)
     with pytest.raises(ValueError, match=message):
         Trainer(TrainConfig(**{**options, **change}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["on the fly", "files"])
+def test_another_autoencoder_may_decode(kind, tmp_path, request, capsys):
+    run, output = tmp_path / "run", tmp_path / "samples"
+    Trainer(config(kind, run, request, steps=1)).save()
+    words = ["--checkpoint", str(run), "--output", str(output), "--num-samples", "3", "--steps", "2"]
+    other, wrong = (save_vae(tmp_path / str(n), latent_channels=n) for n in (3, 2))
+    assert sample_main([*words, "--autoencoder", other]) == 0
+    capsys.readouterr()
+    assert sample_main([*words, "--autoencoder", wrong]) == 2
+    assert "has latents of 2 channels, but the model makes 3" in capsys.readouterr().err
+
+
+def test_latents_without_a_decoder_are_not_sampled(tmp_path, capsys):
+    yaml_file = tmp_path / "model.yaml"
+    params = {"input_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+    yaml_file.write_text(str({"target": "models.models_DiT.DiT", "params": params}))
+    torch.save(official_state_dict(build_official("models.models_DiT.DiT", params)), tmp_path / "model.pt")
+    words = ["--official", str(yaml_file), "--checkpoint", str(tmp_path / "model.pt"), "--output", str(tmp_path / "o")]
+    assert sample_main(words) == 2
+    assert "latents of 4 channels, which need a decoder: pass --autoencoder" in capsys.readouterr().err
+    vae = save_vae(tmp_path / "vae", latent_channels=4)
+    words += ["--autoencoder", vae, "--num-samples", "3", "--objective", "ddpm", "--method", "ddim", "--steps", "2"]
+    assert sample_main(words) == 0
+    with np.load(tmp_path / "o" / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (3, 16, 16, 3)

@@ -195,22 +195,33 @@ def test_bfloat16_model_and_autocast_run() -> None:
         assert (actual.float() - expected).norm() < 0.05 * expected.norm()
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
+FAMILIES = ["DSMoE-digits", "DiffMoE-digits", "TC-DiT-digits", "EC-DiT-digits", "JiTMoE-digits"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activation_checkpointing_changes_nothing(name) -> None:
+    """Neither outputs, losses and gradients, nor thresholds and biases, before and after their update."""
     from torch.utils.checkpoint import checkpoint
 
-    torch.manual_seed(0)
-    model = randomize(create_model("DSMoE-S-E16", **SMALL_MOE, balance="bias", class_dropout_prob=0.0))
-    x, t, labels = random_inputs(model)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model(x, t, labels).square().sum().backward()
-    expected = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
-    model.zero_grad()
-    for block in model.blocks:
-        block.forward = lambda *args, inner=block.forward: checkpoint(inner, *args, use_reentrant=False)
-    model(x, t, labels).square().sum().backward()
-    actual = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    results = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        overrides = {"balance": "bias"} if name == "DSMoE-digits" else {}
+        model = randomize(create_model(name, depth=4, **overrides))
+        x, t, labels = random_inputs(model)
+        if recomputed:
+            for block in model.blocks:
+                block.forward = lambda *args, inner=block.forward: checkpoint(inner, *args, use_reentrant=False)
+        before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+        out, aux = model(x, t, labels, return_aux=True)
+        loss = out.square().sum() + (0 if aux.loss is None else aux.loss)
+        loss.backward()
+        assert all(torch.equal(buffer, before[key]) for key, buffer in model.named_buffers())
+        model.update_routing_state(aux)
+        results.append([out, loss, *(p.grad for p in model.parameters() if p.requires_grad), *model.buffers()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    if name == "DiffMoE-digits":
+        assert model.blocks[1].mlp.expert_threshold.any()
 
 
 @pytest.mark.parametrize(
