@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Taken where the virtual environment has no torch yet. The CPU build of torch brings no triton.
+# Taken where the virtual environment has no torch yet; the CPU build of torch brings no triton.
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 DEMO ?= runs/demo
 ZOO ?= runs/zoo
 FAMILIES := $(addsuffix -digits,DiT DSMoE DiffMoE TC-DiT EC-DiT JiT JiTMoE)
@@ -15,6 +16,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TRITON)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
@@ -22,7 +24,7 @@ demo: $(VENV)/.installed  ## train DSMoE and a dense DiT on the digits, sample, 
 	$(BIN)/python -m models.demo --output $(DEMO) --overwrite
 
 zoo: $(VENV)/.installed  ## train every family on the digits for a minute, sample, score
-	$(BIN)/python -m models.demo --output $(ZOO) --overwrite --minutes 1 --minutes-each --models $(FAMILIES)
+	$(BIN)/python -m models.demo --output $(ZOO) --overwrite --minutes 1 --minutes-each --learning-rate 3e-3 --ema-decay 0.99 --models $(FAMILIES)
 
 test: $(VENV)/.installed  ## all tests that this machine can run
 	$(BIN)/python -m pytest

@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from diffmoe_kernels.checks import autocast_off
+from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED
 
 Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -19,10 +22,17 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op: the function, and a test that returns why it can't run on the arguments, or None."""
+    """One way to compute an op.
+
+    Attributes:
+        function: computes it.
+        why_not: returns why the function can't run on the arguments, or None.
+        automatic: whether "auto" may take it; False as long as nobody has measured that it is the fastest.
+    """
 
     function: Callable[..., Any]
     why_not: Callable[..., str | None] = lambda *args, **kwargs: None
+    automatic: bool = True
 
 
 def check_backend(backend: str) -> str:
@@ -47,7 +57,7 @@ def run(op: str, backend: str, implementations: Mapping[str, Implementation], *a
     """
     check_backend(backend)
     if backend == "auto":
-        chosen = next(one for one in implementations.values() if one.why_not(*args, **kwargs) is None)
+        chosen = next(one for one in implementations.values() if one.automatic and one.why_not(*args, **kwargs) is None)
     elif backend not in implementations:
         raise NotImplementedError(
             f"{op}: there is no {backend!r} backend; this op has {', '.join(map(repr, implementations))}"
@@ -66,6 +76,14 @@ def available_backends() -> dict[str, str]:
     return {
         "reference": "available",
         "torch": "available",
-        "triton": "not available: this version has no Triton kernels",
+        "triton": _triton_status(),
         "cuda": "not available: this version has no CUDA extension",
     }
+
+
+def _triton_status() -> str:
+    if not HAS_TRITON:
+        return "not available: triton is not installed, pip install 'diffmoe-kernels[triton]'"
+    if torch.cuda.is_available():
+        return "available"
+    return "available: interpreted on the CPU" if INTERPRETED else "not available: there is no CUDA device"

@@ -1,7 +1,17 @@
 """What all tests share."""
 
+import importlib.util
+import os
+
 import pytest
 import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels then run on the CPU
+    from tests.kernels.interpreter import mend_bfloat16
+
+    mend_bfloat16()
 
 
 @pytest.fixture(autouse=True)

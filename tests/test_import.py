@@ -19,6 +19,9 @@ OPTIONAL = (
     "scipy",
     "pandas",
     "hypothesis",
+    "diffusers",
+    "torchdiffeq",
+    "transformers",
 )
 ALLOWED = {"torch", "triton", "numpy", "einops", "safetensors", "diffmoe_kernels", "models"}
 
@@ -46,7 +49,8 @@ def imported(module):
 @pytest.mark.parametrize("module", ["diffmoe_kernels", "diffmoe_kernels.testing", "models"])
 def test_import_is_quick_and_needs_the_declared_dependencies_alone(module):
     told = imported(module)
-    assert set(told["roots"]) <= ALLOWED
+    roots = {root for root in told["roots"] if not root.startswith("_sysconfigdata")}  # a file of Python's own
+    assert roots <= ALLOWED
     assert not told["cuda"]
     seconds = [told["seconds"]]
     while min(seconds) >= 3 and len(seconds) < 5:  # a busy machine may be slow once

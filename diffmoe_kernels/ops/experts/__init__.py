@@ -9,6 +9,7 @@ from diffmoe_kernels.checks import check_choice, check_floating, check_same_devi
 from diffmoe_kernels.ops.experts import _torch
 from diffmoe_kernels.ops.experts.reference import experts_reference
 from diffmoe_kernels.routing import Routing, check_routing
+from diffmoe_kernels.triton_support import HAS_TRITON
 
 ACTIVATIONS = ("swiglu", "gelu_tanh", "silu")
 
@@ -40,7 +41,7 @@ def experts(
         activation: "swiglu" silu(gate) * up (arXiv:2002.05202), "gelu_tanh" or "silu".
         dropout: probability of zeroing an element of the activation, from torch's global generator.
         residual: (T, D) floating, added to the result.
-        backend: "reference", "torch" (grouped_mm) or "auto".
+        backend: "reference", "torch" (grouped_mm), "triton" or "auto".
 
     Weights and biases may be float32 masters: they are cast to the compute dtype (autocast's, else x's), and their
     gradients come back in their own dtype.
@@ -69,14 +70,11 @@ def experts(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     check_same_device(routing=routing.gates, **tensors)
-    dtype = compute_dtype(x)
-    up_proj, down_proj = up_proj.to(dtype), down_proj.to(dtype)
-    up_bias, down_bias = (bias if bias is None else bias.to(dtype) for bias in (up_bias, down_bias))
     return run(
         "experts",
         backend,
         _IMPLEMENTATIONS,
-        x.to(dtype),
+        x.to(compute_dtype(x)),
         routing,
         up_proj,
         down_proj,
@@ -92,3 +90,7 @@ _IMPLEMENTATIONS = {
     "torch": Implementation(_torch.experts_torch, _torch.why_not),
     "reference": Implementation(experts_reference),
 }
+if HAS_TRITON:
+    from diffmoe_kernels.ops.experts import _library
+
+    _IMPLEMENTATIONS["triton"] = Implementation(_library.experts_triton, _library.why_not, automatic=False)

@@ -24,6 +24,8 @@ def experts_reference(
     gemm=grouped_gemm_reference,
 ) -> Tensor:
     """(T, D) -> (T, D); ``gemm`` multiplies rows (R, K) with weights (E, K, N)."""
+    up_proj, down_proj = up_proj.to(x.dtype), down_proj.to(x.dtype)
+    up_bias, down_bias = (None if bias is None else bias.to(x.dtype) for bias in (up_bias, down_bias))
     rows = permute_reference(x, routing)  # (R, D)
     hidden = activate(gemm(rows, up_proj.mT, routing.group_offsets, up_bias), activation)  # (R, I)
     hidden = F.dropout(hidden, dropout) if dropout else hidden

@@ -9,6 +9,7 @@ from diffmoe_kernels.backend import Backend, Implementation, run
 from diffmoe_kernels.checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
 from diffmoe_kernels.ops.grouped_gemm import _torch
 from diffmoe_kernels.ops.grouped_gemm.reference import grouped_gemm_reference
+from diffmoe_kernels.triton_support import HAS_TRITON
 
 
 def grouped_gemm(
@@ -31,7 +32,7 @@ def grouped_gemm(
         x, w: floating, of one dtype after autocast; w is cast to x's dtype where it is a master weight.
         offs: (E,) int32, ascending; what lies past ``offs[-1]`` is not read, and 0 in the result.
         bias: (E, N) floating, with (R, K) x (E, K, N) only.
-        backend: "reference", "torch" (grouped_mm) or "auto".
+        backend: "reference", "torch" (grouped_mm), "triton" or "auto".
 
     Raises:
         TypeError: operands that are not floating, or offs that are not int32.
@@ -77,3 +78,7 @@ _IMPLEMENTATIONS = {
     "torch": Implementation(_torch.grouped_gemm_torch, _torch.why_not),
     "reference": Implementation(grouped_gemm_reference),
 }
+if HAS_TRITON:
+    from diffmoe_kernels.ops.grouped_gemm import _library
+
+    _IMPLEMENTATIONS["triton"] = Implementation(_library.grouped_gemm_triton, _library.why_not, automatic=False)

@@ -8,6 +8,7 @@ from diffmoe_kernels.backend import Backend, Implementation, run
 from diffmoe_kernels.checks import check_floating, check_same_device, check_shape
 from diffmoe_kernels.ops.permute.reference import permute_reference, unpermute_reference
 from diffmoe_kernels.routing import Routing, check_routing
+from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
 
 
 def permute(x: Tensor, routing: Routing, *, backend: Backend = "auto") -> Tensor:
@@ -56,5 +57,14 @@ def unpermute(rows: Tensor, routing: Routing, *, backend: Backend = "auto") -> T
     return run("unpermute", backend, _UNPERMUTE, rows, routing)
 
 
+def _why_not(x: Tensor, routing: Routing) -> str | None:
+    return why_not_triton(x)
+
+
 _PERMUTE = {"reference": Implementation(permute_reference)}
 _UNPERMUTE = {"reference": Implementation(unpermute_reference)}
+if HAS_TRITON:
+    from diffmoe_kernels.ops.permute._triton import permute_triton, unpermute_triton
+
+    _PERMUTE["triton"] = Implementation(permute_triton, _why_not, automatic=False)
+    _UNPERMUTE["triton"] = Implementation(unpermute_triton, _why_not, automatic=False)

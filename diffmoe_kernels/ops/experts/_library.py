@@ -1,0 +1,177 @@
+"""`experts` on the Triton kernels as one torch operator, which promises what is kept for the backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffmoe_kernels.ops.experts._triton import down_backward, up_projection
+from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows, weight_grad
+from diffmoe_kernels.ops.permute._triton import gather_sum
+from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.triton_support import why_not_triton
+
+
+@torch.library.custom_op("diffmoe_kernels::experts", mutates_args=())
+def _experts(
+    x: Tensor,
+    gates: Tensor,
+    up_master: Tensor,
+    down_master: Tensor,
+    up_bias_master: Tensor | None,
+    down_bias_master: Tensor | None,
+    residual: Tensor | None,
+    token_indices: Tensor,
+    group_offsets: Tensor,
+    token_offsets: Tensor,
+    token_rows: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    """(T, D) and weights -> (T, D), and the pre-activation (R, U), empty unless it is kept.
+
+    The masters are what gradients go to; up, down and the biases are the same in x's dtype.
+    """
+    pre, hidden = up_projection(x, token_indices, group_offsets, up, up_bias, activation, keep_pre=keep_pre)
+    rows = multiply_rows(hidden, down.mT, group_offsets, bias=down_bias)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return gather_sum(rows, gates, token_offsets, token_rows, residual, dtype), pre
+
+
+@_experts.register_fake
+def _(x, gates, up_master, down_master, up_bias_master, down_bias_master, residual, token_indices, *_):
+    keep_pre = _[-1]
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    pre = x.new_empty(token_indices.shape[0] if keep_pre else 0, up_master.shape[1])
+    return x.new_empty(x.shape, dtype=dtype), pre
+
+
+@torch.library.custom_op("diffmoe_kernels::experts_backward", mutates_args=())
+def _experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    token_indices: Tensor,
+    group_offsets: Tensor,
+    token_offsets: Tensor,
+    token_rows: Tensor,
+    up: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    pre: Tensor,
+    activation: str,
+    needs_x: bool,
+    needs_weights: bool,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by x, gates, up, down and their biases; empty where not asked for or not there."""
+    grad = grad.to(x.dtype).contiguous()
+    grad_pre, weighted, grad_gates = down_backward(
+        grad, token_indices, gates, group_offsets, down, down_bias, pre, activation
+    )
+    empty = grad.new_empty(0)
+    grad_x = (
+        gather_sum(multiply_rows(grad_pre, up, group_offsets), None, token_offsets, token_rows) if needs_x else empty
+    )
+    if not needs_weights:
+        return grad_x, grad_gates, empty.clone(), empty.clone(), empty.clone(), empty.clone()
+    kinds = {"token_indices": token_indices, "dtype": weight_dtype, "bias_dtype": bias_dtype}
+    grad_up, grad_up_bias = weight_grad(grad_pre, x, group_offsets, gather="b", **kinds)
+    grad_down, grad_down_bias = weight_grad(grad, weighted, group_offsets, gather="a", gates=gates, **kinds)
+    if bias_dtype is None:
+        grad_up_bias, grad_down_bias = empty.clone(), empty.clone()
+    return grad_x, grad_gates, grad_up, grad_down, grad_up_bias, grad_down_bias
+
+
+@_experts_backward.register_fake
+def _(grad, x, gates, token_indices, group_offsets, token_offsets, token_rows, up, down, down_bias, pre, activation,
+      needs_x, needs_weights, weight_dtype, bias_dtype):  # fmt: skip
+    def like(tensor, dtype, wanted):
+        return tensor.new_empty(tensor.shape if wanted else (0,), dtype=dtype if wanted else x.dtype)
+
+    biases = needs_weights and bias_dtype is not None
+    return (
+        like(x, x.dtype, needs_x),
+        torch.empty_like(gates),
+        like(up, weight_dtype, needs_weights),
+        like(down, weight_dtype, needs_weights),
+        like(up[:, :, 0], bias_dtype, biases),
+        like(down[:, :, 0], bias_dtype, biases),
+    )
+
+
+def _save(ctx, inputs, output):
+    x, gates, up_master, _, up_bias_master, down_bias_master, residual, *maps = inputs[:11]
+    up, down, _, down_bias, activation, _ = inputs[11:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.activation, ctx.weight_dtype = activation, up_master.dtype
+    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (up_bias_master, down_bias_master)]
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(x, gates, *maps, up, down, down_bias, output[1])
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 17
+    needs = ctx.needs_input_grad
+    *tensors, pre = ctx.saved_tensors
+    needs_weights = any(needs[2:6])
+    bias_dtype = next((dtype for dtype in ctx.bias_dtypes if dtype is not None), None)
+    grad_residual = grad.to(ctx.residual_dtype) if needs[6] else None
+    if not any(needs[:6]):
+        return *(None,) * 6, grad_residual, *(None,) * 10
+    arguments = (ctx.activation, needs[0], needs_weights, ctx.weight_dtype, bias_dtype)
+    grads = _experts_backward(grad, *tensors, pre, *arguments)
+    return *(one if need else None for one, need in zip(grads, needs[:6], strict=True)), grad_residual, *(None,) * 10
+
+
+_experts.register_autograd(_backward, setup_context=_save)
+
+
+def experts_triton(
+    x: Tensor,
+    routing: Routing,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    dropout: float,
+    residual: Tensor | None,
+) -> Tensor:
+    masters = up_proj, down_proj, up_bias, down_bias
+    inputs = (x, routing.gates, *masters, residual)
+    keeps = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs[:6])
+    cast = [None if one is None else one.detach().to(x.dtype).contiguous() for one in masters]
+    y, _ = _experts(
+        x.contiguous(),
+        routing.gates.contiguous(),
+        *masters,
+        None if residual is None else residual.contiguous(),
+        routing.token_indices,
+        routing.group_offsets,
+        routing.token_offsets,
+        routing.token_rows,
+        *cast,
+        activation,
+        keeps,
+    )
+    return y
+
+
+def why_not(
+    x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor, *, dropout: float, up_bias: Tensor | None,
+    down_bias: Tensor | None, **_: object,
+) -> str | None:  # fmt: skip
+    if dropout:
+        return "the kernels have no dropout"
+    if (up_bias is None) != (down_bias is None):
+        return "the kernels want both biases or none"
+    return why_not_triton(x)

@@ -1,0 +1,105 @@
+"""`grouped_gemm` on the Triton kernels as torch operators: rows by their group's matrix, and sums of outer products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows, weight_grad
+from diffmoe_kernels.triton_support import why_not_triton
+
+
+@torch.library.custom_op("diffmoe_kernels::group_rows", mutates_args=())
+def _rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
+    """(R, K), (E, K, N), (E,), (E, N) -> (R, N), 0 past the last group."""
+    out = multiply_rows(x, w, offs, bias=bias)
+    rows = torch.arange(x.shape[0], device=x.device)
+    return out.where((rows < offs[-1]).unsqueeze(1), 0)
+
+
+@_rows.register_fake
+def _(x, w, offs, bias):
+    return x.new_empty(x.shape[0], w.shape[2])
+
+
+@torch.library.custom_op("diffmoe_kernels::group_outer", mutates_args=())
+def _outer(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """(R, M), (R, N), (E,) -> (E, M, N): each group's sum of a^T b over its rows."""
+    return weight_grad(a, b, offs, dtype=a.dtype)[0]
+
+
+@_outer.register_fake
+def _(a, b, offs):
+    return a.new_empty(offs.shape[0], a.shape[1], b.shape[1])
+
+
+@torch.library.custom_op("diffmoe_kernels::group_rows_backward", mutates_args=())
+def _rows_backward(grad: Tensor, x: Tensor, w: Tensor, offs: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x (R, K), by w as (E, N, K), by the bias (E, N), empty without one."""
+    grad_x = _rows(grad, w.mT, offs, None)
+    bias_dtype = grad.dtype if has_bias else None
+    grad_w, grad_bias = weight_grad(grad, x, offs, dtype=grad.dtype, bias_dtype=bias_dtype)
+    return grad_x, grad_w, grad.new_empty(0) if grad_bias is None else grad_bias
+
+
+@_rows_backward.register_fake
+def _(grad, x, w, offs, has_bias):
+    num_groups, depth, num_columns = w.shape
+    bias = grad.new_empty(num_groups, num_columns) if has_bias else grad.new_empty(0)
+    return grad.new_empty(x.shape), grad.new_empty(num_groups, num_columns, depth), bias
+
+
+@torch.library.custom_op("diffmoe_kernels::group_outer_backward", mutates_args=())
+def _outer_backward(grad: Tensor, a: Tensor, b: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by a (R, M) and by b (R, N)."""
+    return _rows(b, grad.mT, offs, None), _rows(a, grad, offs, None)
+
+
+@_outer_backward.register_fake
+def _(grad, a, b, offs):
+    return grad.new_empty(a.shape), grad.new_empty(b.shape)
+
+
+def _save_rows(ctx, inputs, output):
+    x, w, offs, bias = inputs
+    ctx.set_materialize_grads(False)
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, w, offs)
+
+
+def _backward_of_rows(ctx, grad):
+    if grad is None:
+        return None, None, None, None
+    grad_x, grad_w, grad_bias = _rows_backward(grad, *ctx.saved_tensors, ctx.has_bias)
+    return grad_x, grad_w.mT, None, grad_bias if ctx.has_bias else None
+
+
+_rows.register_autograd(_backward_of_rows, setup_context=_save_rows)
+
+
+def _save_outer(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_of_outer(ctx, grad):
+    if grad is None:
+        return None, None, None
+    return *_outer_backward(grad, *ctx.saved_tensors), None
+
+
+_outer.register_autograd(_backward_of_outer, setup_context=_save_outer)
+
+
+def grouped_gemm_triton(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> Tensor:
+    if offs is None:
+        return torch.bmm(x, w)  # equal groups
+    if (x.dim(), w.dim()) == (2, 3):
+        return _rows(x, w, offs, bias)
+    if (x.dim(), w.dim()) == (2, 2):
+        return _outer(x.mT, w, offs)
+    return _rows(w.mT, x.mT, offs, None).mT  # groups on the columns: the transposed product
+
+
+def why_not(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> str | None:
+    return why_not_triton(x)

@@ -1,0 +1,72 @@
+"""Tiles of the grouped products, picked by hand: a first call costs a compile, not a search.
+
+Keyed by the device and by how many rows a group has on average. The tiles for training on sm_90 are those that did best
+when first drafts of two of the products were timed on an H200 (torch 2.11, triton 3.6, 2026-11-20); the others are not
+measured: they fit shared memory, at most 99 KiB below sm_90, so that the smaller chips of that generation take them too,
+and 227 KiB from there on, and spill no registers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from diffmoe_kernels.triton_support import Tile, compute_capability
+
+FEW, SOME = 32, 128  # rows of an average group, up to which a tile of 32 or 64 rows wastes less than one of 128
+
+# (least compute capability, kind of rows) -> tile, for 16-bit numbers; of a plain product.
+_PLAIN = {
+    (90, "few"): Tile(64, 128, 64, 4, 4),  # warp-group products have 64 rows at least
+    (90, "some"): Tile(64, 128, 64, 4, 4),
+    (90, "many"): Tile(128, 256, 64, 8, 3),
+    (80, "few"): Tile(32, 128, 64, 4, 3),
+    (80, "some"): Tile(64, 128, 64, 4, 3),
+    (80, "many"): Tile(128, 128, 64, 8, 3),
+}
+# The same of a product with two columns of weights side by side, gate and up.
+_PAIRED = {
+    (90, "few"): Tile(64, 64, 64, 4, 4),
+    (90, "some"): Tile(64, 64, 64, 4, 4),
+    (90, "many"): Tile(128, 128, 64, 8, 4),
+    (80, "few"): Tile(32, 64, 64, 4, 3),
+    (80, "some"): Tile(64, 64, 64, 4, 3),
+    (80, "many"): Tile(128, 64, 64, 8, 3),
+}
+_WEIGHT_GRAD = {90: Tile(128, 256, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)}
+_UNALIGNED = Tile(64, 64, 32, 4, 2)  # rows that begin at odd addresses are read number by number
+# IEEE float32 runs without tensor cores: small tiles, whose sums fit in registers.
+_FLOAT32 = {"few": Tile(32, 32, 32, 4, 3), "some": Tile(64, 32, 32, 4, 3), "many": Tile(64, 64, 32, 4, 3)}
+
+
+def pick_tile(
+    num_rows: int, num_groups: int, num_columns: int, depth: int, dtype: torch.dtype, *, paired: bool = False
+) -> Tile:
+    """The tile of a product of `num_rows` rows in `num_groups` groups, `depth` deep, with `num_columns` columns."""
+    average = num_rows / max(num_groups, 1)
+    kind = "few" if average <= FEW else "some" if average <= SOME else "many"
+    if dtype == torch.float32:
+        return _FLOAT32["some" if paired and kind == "many" else kind]
+    if num_columns % 8 or depth % 8:
+        return _UNALIGNED
+    tile = (_PAIRED if paired else _PLAIN)[_generation(), kind]
+    return _narrowed(tile, num_columns)
+
+
+def pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype) -> Tile:
+    """The tile of a product (E, size_m, size_n) over each group's rows."""
+    if dtype == torch.float32:
+        return _FLOAT32["many"]
+    return _UNALIGNED if size_m % 8 or size_n % 8 else _narrowed(_WEIGHT_GRAD[_generation()], size_n)
+
+
+def _generation() -> int:
+    return 90 if compute_capability() >= 90 else 80
+
+
+def _narrowed(tile: Tile, num_columns: int) -> Tile:
+    """Half as many columns as long as a tile would be half empty, or more."""
+    n, warps = tile.n, tile.warps
+    while n >= 128 and num_columns <= n // 2:
+        n //= 2
+        warps = max(warps // 2, 4)
+    return Tile(tile.m, n, tile.k, warps, tile.stages, tile.group_m)

@@ -1,0 +1,78 @@
+"""Launches at the published models' sizes, on meta tensors, for `tests.kernels.ahead_of_time`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from diffmoe_kernels.ops.experts._triton import down_backward, up_projection
+from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows, weight_grad
+from diffmoe_kernels.ops.permute._triton import gather, gather_sum, unpermute_backward
+
+# T, D, I, E, rows a token (K, or 1 in expert choice), activation
+SHAPES = {
+    "DSMoE-L-E16": (16384, 1024, 2048, 16, 2, "swiglu"),
+    "DSMoE-L-E48": (16384, 1024, 448, 48, 5, "swiglu"),
+    "DSMoE-S-E48": (65536, 384, 128, 48, 5, "swiglu"),
+    "DSMoE-3B-E16 sampling": (2048, 1152, 2880, 16, 2, "swiglu"),
+    "DiffMoE-L-E8": (16384, 1024, 4096, 8, 1, "gelu_tanh"),
+    "DSMoE-L-E48 sampling": (512, 1024, 448, 48, 5, "swiglu"),
+    "odd": (1000, 72, 40, 5, 2, "silu"),
+}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_experts(shape: tuple, dtype: torch.dtype, backward: bool, bias: bool) -> None:
+    num_tokens, hidden, inner, num_experts, top_k, activation = shape
+    rows, width = num_tokens * top_k, inner * (2 if activation == "swiglu" else 1)
+    number = partial(meta, dtype=dtype)
+    x, tokens, offsets, gates = (
+        number(num_tokens, hidden),
+        meta(rows),
+        meta(num_experts),
+        meta(rows, dtype=torch.float32),
+    )
+    up, down = number(num_experts, width, hidden), number(num_experts, hidden, inner)
+    up_bias, down_bias = (number(num_experts, width), number(num_experts, hidden)) if bias else (None, None)
+    token_offsets, token_rows = meta(num_tokens + 1), meta(rows)
+    pre, act = up_projection(x, tokens, offsets, up, up_bias, activation, keep_pre=backward)
+    out = multiply_rows(act, down.mT, offsets, bias=down_bias)
+    gather_sum(out, gates, token_offsets, token_rows)
+    if not backward:
+        return
+    master = {"token_indices": tokens, "dtype": torch.float32, "bias_dtype": torch.float32 if bias else None}
+    grad_pre, weighted, _ = down_backward(x, tokens, gates, offsets, down, down_bias, pre, activation)
+    gather_sum(multiply_rows(grad_pre, up, offsets), None, token_offsets, token_rows)
+    weight_grad(grad_pre, x, offsets, gather="b", **master)
+    weight_grad(x, weighted, offsets, gather="a", gates=gates, **master)
+
+
+def launch_movement(shape: tuple, dtype: torch.dtype) -> None:
+    num_tokens, hidden, _, num_experts, top_k, _ = shape
+    rows = num_tokens * top_k
+    x, tokens, offsets, gates = (
+        meta(num_tokens, hidden, dtype=dtype),
+        meta(rows),
+        meta(num_experts),
+        meta(rows, dtype=torch.float32),
+    )
+    unpermute_backward(x, gather(x, tokens, offsets), gates, tokens, offsets)
+    gather_sum(meta(rows, hidden, dtype=dtype), gates, meta(num_tokens + 1), meta(rows), x)
+
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+CASES: dict[str, tuple[Callable[[], object], torch.dtype]] = {}
+for name, shape in SHAPES.items():
+    backward = "sampling" not in name
+    CASES[f"experts {name}"] = partial(launch_experts, shape, BFLOAT16, backward, name.startswith("DiffMoE")), BFLOAT16
+for dtype in (FLOAT16, FLOAT32):
+    CASES[f"experts odd {dtype}"] = partial(launch_experts, SHAPES["odd"], dtype, True, True), dtype
+CASES["experts DSMoE-S-E48 float32"] = partial(launch_experts, SHAPES["DSMoE-S-E48"], FLOAT32, True, False), FLOAT32
+for name in ("DSMoE-L-E48", "DSMoE-S-E48"):
+    CASES[f"movement {name}"] = partial(launch_movement, SHAPES[name], BFLOAT16), BFLOAT16

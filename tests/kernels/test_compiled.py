@@ -1,0 +1,58 @@
+"""Every kernel with its default tiles, compiled for three generations of chips that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from diffmoe_kernels.triton_support import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+ROOT = Path(__file__).parents[2]
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block; 8.6 and 8.9 have the least of sm_8x
+MATRIX_PRODUCTS = ("_up_kernel", "_down_backward_kernel", "_rows_kernel", "_weight_grad_kernel")
+
+
+def compile_for(capability: int) -> list[dict]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.ahead_of_time", str(capability)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[int, list[dict]]:
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CAPABILITIES, pool.map(compile_for, CAPABILITIES), strict=True))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_nothing_spills_and_everything_fits(compiled, capability):
+    kernels = {row["kernel"] for row in compiled[capability]}
+    assert {*MATRIX_PRODUCTS, "_gather_kernel", "_gather_sum_kernel", "_unpermute_backward_kernel"} <= kernels
+    for row in compiled[capability]:
+        assert row["local_memory"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[capability], row
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_16_bit_products_run_on_the_tensor_cores(compiled, capability):
+    products = [row for row in compiled[capability] if row["kernel"] in MATRIX_PRODUCTS and row["dtype"] != "float32"]
+    assert len(products) > 20
+    for row in products:
+        assert row["matrix_instructions"] > 0, row
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_operands_are_read_16_bytes_at_a_time(compiled, capability):
+    rows = [row for row in compiled[capability] if row["kernel"] != "_sum_parts_kernel"]
+    for row in rows:
+        assert row["widest_load"] == 128, row

@@ -1,0 +1,184 @@
+"""What only the custom operators around the Triton kernels have: schemas, compilation, memory, determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from diffmoe_kernels import ExpertChoiceMoE, MoE, Routing, ops
+from diffmoe_kernels.testing import assert_close, random_topk
+from diffmoe_kernels.triton_support import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+NUM_TOKENS, NUM_EXPERTS, TOP_K, HIDDEN, INNER = 21, 4, 2, 16, 24
+
+
+def routing_of(kind: str = "dropped", requires_grad: bool = True) -> Routing:
+    ids, weights = random_topk(NUM_TOKENS, NUM_EXPERTS, TOP_K, kind=kind)
+    return Routing.from_topk(ids, weights.float().requires_grad_(requires_grad), NUM_EXPERTS)
+
+
+def parameters(dtype: torch.dtype = torch.float32, bias: bool = True) -> dict[str, torch.Tensor]:
+    shapes = {"up_proj": (NUM_EXPERTS, 2 * INNER, HIDDEN), "down_proj": (NUM_EXPERTS, HIDDEN, INNER)}
+    if bias:
+        shapes |= {"up_bias": (NUM_EXPERTS, 2 * INNER), "down_bias": (NUM_EXPERTS, HIDDEN)}
+    return {name: (torch.randn(shape, dtype=dtype) / 4).requires_grad_() for name, shape in shapes.items()}
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(NUM_TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+
+
+def maps(routing: Routing) -> tuple[torch.Tensor, ...]:
+    return routing.token_indices, routing.group_offsets, routing.token_offsets, routing.token_rows
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def opcheck(name: str, arguments: tuple) -> None:
+    torch.library.opcheck(getattr(torch.ops.diffmoe_kernels, name).default, arguments, test_utils=CHECKS)
+
+
+def test_opcheck_of_movement():
+    # All rows are valid: what a kernel leaves unwritten differs from run to run.
+    routing = routing_of("balanced", requires_grad=False)
+    gates = routing.gates.clone().requires_grad_()
+    rows = torch.randn(NUM_TOKENS * TOP_K, HIDDEN, requires_grad=True)
+    opcheck("permute", (tokens(), *maps(routing)))
+    opcheck("unpermute", (rows, gates, *maps(routing)))
+
+
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck_of_experts(bias, master):
+    routing = routing_of("balanced", requires_grad=False)
+    weights = parameters(master, bias)
+    masters = [weights.get(name) for name in ("up_proj", "down_proj", "up_bias", "down_bias")]
+    cast = [None if one is None else one.detach().bfloat16() for one in masters]
+    residual = torch.randn(NUM_TOKENS, HIDDEN, requires_grad=True)
+    gates = routing.gates.clone().requires_grad_()
+    arguments = (tokens(torch.bfloat16), gates, *masters, residual, *maps(routing), *cast, "swiglu", True)
+    opcheck("experts", arguments)
+
+
+def test_opcheck_of_grouped_gemm():
+    offs = torch.tensor([5, 5, 21], dtype=torch.int32)
+    w, bias = torch.randn(3, HIDDEN, INNER, requires_grad=True), torch.randn(3, INNER, requires_grad=True)
+    opcheck("group_rows", (tokens(), w, offs, bias))
+    opcheck("group_rows", (tokens(), w.detach().mT.contiguous().mT.requires_grad_(), offs, None))
+    opcheck("group_outer", (tokens(), torch.randn(NUM_TOKENS, INNER, requires_grad=True), offs))
+
+
+LAYERS = {
+    "token choice": lambda: MoE(HIDDEN, INNER, NUM_EXPERTS, TOP_K, backend="triton", shared_intermediate_size=INNER),
+    "expert choice": lambda: ExpertChoiceMoE(HIDDEN, INNER, NUM_EXPERTS, backend="triton"),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_layers_compile_to_one_graph(layer):
+    torch._dynamo.reset()
+    layer = layer()
+    x = torch.randn(3, 7, HIDDEN, requires_grad=True)
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True)):
+        layer.zero_grad()
+        x.grad = None
+        y = function(x)
+        y.square().sum().backward()
+        results.append({"y": y, "x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}})
+    for name, expected in results[0].items():
+        if expected is not None:
+            assert_close(results[1][name], expected, tolerance=1e-5, name=name)
+
+
+def run(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    routing, x, weights = routing_of(), tokens(dtype), parameters()
+    y = ops.experts(x, routing, **weights, backend="triton")
+    return [y, *torch.autograd.grad(y.float().square().sum(), [x, *weights.values()])]
+
+
+def test_two_runs_have_the_same_bits():
+    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16 weights", "float32 masters"])
+def test_what_is_kept_for_the_backward(kind):
+    """The input, the pre-activation and the routing; of float32 masters their copies in the input's dtype."""
+    dtype = torch.bfloat16 if kind == "bfloat16 weights" else torch.float32
+    routing, x, weights = routing_of("balanced"), tokens(torch.bfloat16), parameters(dtype, bias=False)
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        ops.experts(x, routing, **weights, backend="triton")
+    own = {t.data_ptr() for t in (x, routing.gates, *maps(routing), *weights.values())}
+    rows = NUM_TOKENS * TOP_K
+    shapes = [(tuple(t.shape), t.dtype) for pointer, t in kept.items() if pointer not in own]
+    expected = [((rows, 2 * INNER), torch.bfloat16)]
+    if kind == "float32 masters":
+        expected += [(tuple(weight.shape), torch.bfloat16) for weight in weights.values()]
+    assert sorted(shapes, key=str) == sorted(expected, key=str)
+
+
+def test_nothing_is_kept_where_nothing_needs_a_gradient(monkeypatch):
+    library = pytest.importorskip("diffmoe_kernels.ops.experts._library")
+    asked = []
+    inner = library.up_projection
+
+    def spy(*args, keep_pre, **kw):
+        asked.append(keep_pre)
+        return inner(*args, keep_pre=keep_pre, **kw)
+
+    monkeypatch.setattr(library, "up_projection", spy)
+    routing, x, weights = routing_of(), tokens(), parameters()
+    ops.experts(x, routing, **weights, backend="triton")
+    with torch.no_grad():
+        ops.experts(x, routing, **weights, backend="triton")
+    frozen = {name: weight.detach() for name, weight in weights.items()}
+    ops.experts(x.detach(), routing_of(requires_grad=False), **frozen, backend="triton")
+    assert asked == [True, False, False]
+
+
+def test_gradients_asked_for_one_by_one():
+    routing, x, weights = routing_of(), tokens(), parameters()
+    y = ops.experts(x, routing, **weights, backend="triton")
+    inputs = {"x": x, **weights}
+    together = dict(zip(inputs, torch.autograd.grad(y.sum(), list(inputs.values()), retain_graph=True), strict=True))
+    for name in inputs:
+        frozen = {key: value if key == name else value.detach() for key, value in inputs.items()}
+        y = ops.experts(frozen.pop("x"), routing, **frozen, backend="triton")
+        assert torch.equal(torch.autograd.grad(y.sum(), inputs[name])[0], together[name]), name
+
+
+def test_recomputed_forward_gives_the_same():
+    routing, weights = routing_of(), parameters()
+    results = []
+    for wrap in (lambda function, x: function(x), lambda function, x: checkpoint(function, x, use_reentrant=False)):
+        torch.manual_seed(1)
+        x = tokens()
+        y = wrap(lambda x: ops.experts(x, routing, **weights, backend="triton"), x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *weights.values()], retain_graph=True)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_second_derivative_is_refused():
+    routing, x, weights = routing_of(), tokens(), parameters()
+    y = ops.experts(x, routing, **weights, backend="triton")
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered|does not require grad"):
+        torch.autograd.grad(grad.sum(), x)
+
+
+def test_rows_past_the_last_group_are_never_read():
+    """Expert choice at inference has a bound of rows; past the count the record is 0 and the memory poison."""
+    tokens_of = torch.tensor([[0, 3, 0], [1, 0, 0], [0, 0, 0]])
+    gates = torch.full((3, 3), 0.5)
+    routing = Routing.from_expert_choice(tokens_of, gates, 5, torch.tensor([2, 1, 0]))
+    assert routing.num_rows == 9 and routing.group_offsets.tolist() == [2, 3, 3]
+    x = torch.randn(5, HIDDEN)
+    weights = {name: value[:3].detach() for name, value in parameters().items()}
+    expected = ops.experts(x, routing, **weights, backend="reference")
+    assert_close(ops.experts(x, routing, **weights, backend="triton"), expected, tolerance=1e-6)
+    assert not expected[[2, 4]].any()
