@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffmoe_kernels import ExpertChoiceMoE, MoE, Routing, ops
 from diffmoe_kernels.testing import assert_close, random_topk
-from diffmoe_kernels.triton_support import HAS_TRITON
+from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 NUM_TOKENS, NUM_EXPERTS, TOP_K, HIDDEN, INNER = 21, 4, 2, 16, 24
@@ -182,3 +182,19 @@ def test_rows_past_the_last_group_are_never_read():
     expected = ops.experts(x, routing, **weights, backend="reference")
     assert_close(ops.experts(x, routing, **weights, backend="triton"), expected, tolerance=1e-6)
     assert not expected[[2, 4]].any()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="asserts are compiled in with TRITON_DEBUG=1 only")
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [([5, 3, 21], "group_offsets must ascend"), ([5, 9, 22], "must not pass the number of rows")],
+)
+@pytest.mark.parametrize("form", ["rows", "outer"])
+def test_wrong_offsets_are_told_in_debug_mode(form, offsets, message):
+    offs = torch.tensor(offsets, dtype=torch.int32)
+    x, w = torch.randn(NUM_TOKENS, HIDDEN), torch.randn(3, HIDDEN, INNER)
+    with pytest.raises(Exception, match=message):
+        if form == "rows":
+            ops.grouped_gemm(x, w, offs, backend="triton")
+        else:
+            ops.grouped_gemm(x.mT, x, offs, backend="triton")

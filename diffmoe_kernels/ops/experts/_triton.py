@@ -1,6 +1,6 @@
 """`experts` in Triton: up-projection with gather and activation, down-projection, combine; and the way back.
 
-T tokens, R rows, E experts, D hidden size, I intermediate size, U = 2I for "swiglu" (gate columns, then up columns) and I
+T tokens, R rows, E experts, D hidden size, I intermediate size, U = 2I for "swiglu" (gate columns, then up) and I
 for the others. Kept for the backward: x, the pre-activation (R, U) and the routing; activations are computed again.
 """
 
@@ -60,6 +60,7 @@ def _up_kernel(
     group_offsets,
     pre,
     hidden,
+    num_rows,
     num_tiles_m,
     num_tiles_n,
     num_groups: tl.constexpr,
@@ -77,7 +78,9 @@ def _up_kernel(
 ):
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     up_width: tl.constexpr = 2 * width if GATED else width  # U
-    group, first, end, tile_n = find_tile(group_offsets, num_groups, num_tiles_m, num_tiles_n, BLOCK_M, GROUP_M, GROUPS)
+    group, first, end, tile_n = find_tile(
+        group_offsets, num_rows, num_groups, num_tiles_m, num_tiles_n, BLOCK_M, GROUP_M, GROUPS
+    )
     if group >= num_groups:
         return
     rows = first + tl.arange(0, BLOCK_M)
@@ -177,7 +180,9 @@ def _down_backward_kernel(
     GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    group, first, end, tile_n = find_tile(group_offsets, num_groups, num_tiles_m, num_tiles_n, BLOCK_M, GROUP_M, GROUPS)
+    group, first, end, tile_n = find_tile(
+        group_offsets, num_rows, num_groups, num_tiles_m, num_tiles_n, BLOCK_M, GROUP_M, GROUPS
+    )
     if group >= num_groups:
         return
     rows = first + tl.arange(0, BLOCK_M)
@@ -256,6 +261,7 @@ def up_projection(
         group_offsets,
         pre if keep_pre else hidden,
         hidden,
+        num_rows,
         tiles_m,
         tiles_n,
         num_groups=num_groups,

@@ -2,6 +2,7 @@
 
 E groups, R rows divided among them by `group_offsets` (E,), which only the device knows: a grid of the most tiles there
 could be is launched, and each program finds its group. K depth, N columns.
+TRITON_DEBUG=1 makes the kernels check on the device that the offsets ascend and stay within the rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from diffmoe_kernels.triton_support import input_precision, next_power_of_2
 @triton.jit
 def find_tile(
     group_offsets,
+    num_rows,
     num_groups,
     num_tiles_m,
     num_tiles_n,
@@ -38,6 +40,8 @@ def find_tile(
     group = tl.arange(0, GROUPS)
     end = tl.load(group_offsets + group, mask=group < num_groups, other=0)
     begin = tl.load(group_offsets + group - 1, mask=(group > 0) & (group < num_groups), other=0)
+    tl.device_assert(begin * (group < num_groups) <= end, "group_offsets must ascend")
+    tl.device_assert(end <= num_rows, "group_offsets must not pass the number of rows")
     tiles = tl.where(group < num_groups, (end - begin + BLOCK_M - 1) // BLOCK_M, 0)
     last = tl.cumsum(tiles, 0)
     mine = tl.sum((last <= tile_m).to(tl.int32), 0)  # groups whose tiles all come before
@@ -55,6 +59,7 @@ def _rows_kernel(
     bias,
     group_offsets,
     out,
+    num_rows,
     num_tiles_m,
     num_tiles_n,
     num_groups: tl.constexpr,
@@ -74,7 +79,9 @@ def _rows_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    group, first, end, tile_n = find_tile(group_offsets, num_groups, num_tiles_m, num_tiles_n, BLOCK_M, GROUP_M, GROUPS)
+    group, first, end, tile_n = find_tile(
+        group_offsets, num_rows, num_groups, num_tiles_m, num_tiles_n, BLOCK_M, GROUP_M, GROUPS
+    )
     if group >= num_groups:
         return
     rows = first + tl.arange(0, BLOCK_M)
@@ -112,6 +119,7 @@ def _weight_grad_kernel(
     group_offsets,
     out,
     bias_out,
+    num_rows,
     num_tiles_m,
     num_tiles_n,
     size_m: tl.constexpr,
@@ -140,6 +148,8 @@ def _weight_grad_kernel(
 
     begin = tl.load(group_offsets + group - 1, mask=group > 0, other=0)
     end = tl.load(group_offsets + group)
+    tl.device_assert(begin <= end, "group_offsets must ascend")
+    tl.device_assert(end <= num_rows, "group_offsets must not pass the number of rows")
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -197,6 +207,7 @@ def multiply_rows(
         x if bias is None else bias,
         group_offsets,
         out,
+        num_rows,
         tiles_m,
         tiles_n,
         num_groups,
@@ -251,6 +262,7 @@ def weight_grad(
         group_offsets,
         out,
         out if bias_out is None else bias_out,
+        (a if token_indices is None else token_indices).shape[0],
         tiles_m,
         tiles_n,
         size_m,

@@ -2,8 +2,8 @@
 
 Keyed by the device and by how many rows a group has on average. The tiles for training on sm_90 are those that did best
 when first drafts of two of the products were timed on an H200 (torch 2.11, triton 3.6, 2026-11-20); the others are not
-measured: they fit shared memory, at most 99 KiB below sm_90, so that the smaller chips of that generation take them too,
-and 227 KiB from there on, and spill no registers.
+measured: they fit shared memory, at most 99 KiB below sm_90, so that the smaller chips of that generation take them
+too, and 227 KiB from there on, and spill no registers.
 """
 
 from __future__ import annotations
