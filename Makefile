@@ -9,7 +9,7 @@ DEMO ?= runs/demo
 ZOO ?= runs/zoo
 FAMILIES := $(addsuffix -digits,DiT DSMoE DiffMoE TC-DiT EC-DiT JiT JiTMoE)
 
-.PHONY: demo zoo test test-all lint bench clean
+.PHONY: demo zoo test test-all lint bench gpu-check clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
@@ -40,6 +40,11 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed  ## timings of the layers on this machine
 	$(BIN)/python -m pytest benchmarks
+
+# Takes what $(PYTHON) has, torch, triton, pytest and pytest-benchmark among it, and installs nothing.
+gpu-check:  ## the tests that need a CUDA device, then the table of the kernels
+	$(PYTHON) -m pytest tests -m gpu
+	$(PYTHON) -m pytest benchmarks/test_experts.py --benchmark-columns=median,iqr,rounds
 
 clean:  ## all but the runs of your own
 	rm -rf $(VENV) $(DEMO) $(ZOO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

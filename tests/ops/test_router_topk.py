@@ -8,7 +8,11 @@ import torch
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.testing import assert_close, value_and_grads
+from diffmoe_kernels.triton_support import INTERPRETED
 
+# On a GPU test_router_topk_triton.py runs the kernels.
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter"))
+BACKENDS = ["reference", TRITON]
 CONFIGS = [
     {"top_k": 2},
     {"top_k": 1, "scaling_factor": 2.5},
@@ -70,23 +74,27 @@ def test_matches_the_loop(config, with_bias):
     assert not by_row
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_arithmetic_is_float32(dtype):
-    logits = torch.randn(40, 8).to(dtype)
-    out = ops.router_topk(logits, 3)
+def test_arithmetic_is_float32(dtype, backend):
+    logits = torch.randn(40, 8).to(dtype).requires_grad_()
+    out = ops.router_topk(logits, 3, backend=backend)
     exact = ops.router_topk(logits.double(), 3)
     assert torch.equal(out.topk_ids, exact.topk_ids)
     for name in ("topk_weights", "router_scores"):
         assert_close(getattr(out, name), getattr(exact, name), dtype=torch.float32, name=name)
     assert out.routing.gates.dtype == torch.float32
+    out.topk_weights.sum().backward()
+    assert logits.grad.dtype == dtype
 
 
-def test_arithmetic_is_float32_under_autocast():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arithmetic_is_float32_under_autocast(backend):
     logits = torch.randn(40, 8)
     bias = torch.randn(8) * 1e-3
-    plain = ops.router_topk(logits, 3, expert_bias=bias)
+    plain = ops.router_topk(logits, 3, expert_bias=bias, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = ops.router_topk(logits, 3, expert_bias=bias)
+        cast = ops.router_topk(logits, 3, expert_bias=bias, backend=backend)
     for name in ("topk_ids", "topk_weights", "router_scores"):
         assert torch.equal(getattr(cast, name), getattr(plain, name))
 
@@ -104,46 +112,54 @@ def test_gradcheck(config):
     assert torch.autograd.gradcheck(weights_and_scores, (logits.requires_grad_(),))
 
 
-def test_bias_moves_the_choice_but_not_the_weight():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_moves_the_choice_but_not_the_weight(backend):
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     bias = torch.tensor([0.0, 0.0, 0.0, 10.0], requires_grad=True)
-    out = ops.router_topk(logits, 1, expert_bias=bias)
+    out = ops.router_topk(logits, 1, expert_bias=bias, backend=backend)
     assert out.topk_ids.tolist() == [[3]]
     assert out.topk_weights.item() == pytest.approx(1 / (1 + math.e))
-    assert torch.equal(out.router_scores, logits.sigmoid())
+    assert_close(out.router_scores, logits.sigmoid())
     assert not out.topk_weights.requires_grad
 
 
-def test_one_choice_keeps_its_score():
-    out = ops.router_topk(torch.zeros(3, 4), 1, normalize_weights=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_choice_keeps_its_score(backend):
+    out = ops.router_topk(torch.zeros(3, 4), 1, normalize_weights=True, backend=backend)
     assert out.topk_weights.tolist() == [[0.5]] * 3
 
 
-def test_ties_go_to_the_lower_index():
-    out = ops.router_topk(torch.zeros(2, 6), 3)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_go_to_the_lower_index(backend):
+    out = ops.router_topk(torch.zeros(2, 6), 3, backend=backend)
     assert out.topk_ids.tolist() == [[0, 1, 2]] * 2
-    groups = ops.router_topk(torch.zeros(2, 6), 3, num_groups=3, top_groups=2)
+    groups = ops.router_topk(torch.zeros(2, 6), 3, num_groups=3, top_groups=2, backend=backend)
     assert groups.topk_ids.tolist() == [[0, 1, 2]] * 2
     logits = torch.tensor([[0.0, 1.0, 2.0, 1.0, 2.0, 0.0]])
-    assert ops.router_topk(logits, 5).topk_ids.tolist() == [[2, 4, 1, 3, 0]]
+    assert ops.router_topk(logits, 5, backend=backend).topk_ids.tolist() == [[2, 4, 1, 3, 0]]
 
 
-def test_fill_of_masked_groups():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fill_of_masked_groups(backend):
     """With negative biased scores the official fill of 0.0 lets the masked experts win; -inf does not."""
     logits = torch.zeros(1, 4)
     bias = torch.tensor([-1.0, -1.1, -2.0, -2.0])
     choose = {"top_k": 2, "expert_bias": bias, "num_groups": 2, "top_groups": 1}
-    assert ops.router_topk(logits, **choose).topk_ids.tolist() == [[0, 1]]
-    assert ops.router_topk(logits, **choose, masked_group_fill=0.0).topk_ids.tolist() == [[2, 3]]
+    assert ops.router_topk(logits, **choose, backend=backend).topk_ids.tolist() == [[0, 1]]
+    assert ops.router_topk(logits, **choose, masked_group_fill=0.0, backend=backend).topk_ids.tolist() == [[2, 3]]
 
 
-def test_any_strides_and_no_tokens():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides_and_no_tokens(backend):
+    def weights(logits):
+        return ops.router_topk(logits, 3, backend=backend).topk_weights
+
     for logits in (torch.randn(8, 20).t(), torch.randn(20, 16)[:, ::2], torch.randn(8).expand(20, 8)):
-        ours = value_and_grads(lambda logits: ops.router_topk(logits, 3).topk_weights, logits=logits)
-        dense = value_and_grads(lambda logits: ops.router_topk(logits, 3).topk_weights, logits=logits.contiguous())
+        ours = value_and_grads(weights, logits=logits)
+        dense = value_and_grads(weights, logits=logits.contiguous())
         for name, expected in dense.items():
             assert_close(ours[name], expected, name=name)
-    empty = ops.router_topk(torch.zeros(0, 8), 3, num_groups=2)
+    empty = ops.router_topk(torch.zeros(0, 8), 3, num_groups=2, backend=backend)
     assert empty.topk_ids.shape == (0, 3) and empty.routing.num_rows == 0
 
 

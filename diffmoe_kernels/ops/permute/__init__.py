@@ -61,8 +61,8 @@ def _why_not(x: Tensor, routing: Routing) -> str | None:
     return why_not_triton(x)
 
 
-_PERMUTE = {"reference": Implementation(permute_reference)}
-_UNPERMUTE = {"reference": Implementation(unpermute_reference)}
+_PERMUTE = {name: Implementation(permute_reference) for name in ("torch", "reference")}
+_UNPERMUTE = {name: Implementation(unpermute_reference) for name in ("torch", "reference")}
 if HAS_TRITON:
     from diffmoe_kernels.ops.permute._triton import permute_triton, unpermute_triton
 

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape
-from diffmoe_kernels.ops.router_topk.reference import router_topk_reference
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.ops.router_topk.reference import RouterTopK, router_topk_reference
+from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
 
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
-
-
-class RouterTopK(NamedTuple):
-    """What `router_topk` returns. T tokens, E experts, K = top_k.
-
-    Attributes:
-        routing: the record that the experts take, of T * K rows.
-        topk_ids: (T, K) int32, the chosen experts, the best first.
-        topk_weights: (T, K) float32, differentiable.
-        router_scores: (T, E) float32, differentiable: sigmoid or softmax of the logits.
-    """
-
-    routing: Routing
-    topk_ids: Tensor
-    topk_weights: Tensor
-    router_scores: Tensor
 
 
 def router_topk(
@@ -72,7 +55,7 @@ def router_topk(
     check_shape("expert_bias", expert_bias, num_experts)
     check_same_device(router_logits=router_logits, expert_bias=expert_bias)
     check_router(num_experts, top_k, score_function, num_groups, top_groups, masked_group_fill)
-    topk_ids, topk_weights, router_scores = run(
+    return run(
         "router_topk",
         backend,
         _IMPLEMENTATIONS,
@@ -86,7 +69,6 @@ def router_topk(
         normalize_weights=normalize_weights,
         scaling_factor=scaling_factor,
     )
-    return RouterTopK(Routing.from_topk(topk_ids, topk_weights, num_experts), topk_ids, topk_weights, router_scores)
 
 
 def check_router(
@@ -113,4 +95,15 @@ def check_router(
         )
 
 
-_IMPLEMENTATIONS = {"reference": Implementation(router_topk_reference)}
+def _why_not(router_logits: Tensor, top_k: int, **options: object) -> str | None:
+    if router_logits.shape[1] > MAX_EXPERTS:
+        return f"the kernels take up to {MAX_EXPERTS} experts, not {router_logits.shape[1]}"
+    return why_not_triton(router_logits)
+
+
+_IMPLEMENTATIONS = {name: Implementation(router_topk_reference) for name in ("torch", "reference")}
+if HAS_TRITON:
+    from diffmoe_kernels.ops.router_topk._triton import MAX_EXPERTS
+    from diffmoe_kernels.ops.router_topk._triton_op import router_topk_triton
+
+    _IMPLEMENTATIONS = {"triton": Implementation(router_topk_triton, _why_not, automatic=False), **_IMPLEMENTATIONS}

@@ -1,11 +1,30 @@
-"""The definition of `router_topk`."""
+"""The definition of `router_topk`, and the record that it returns."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffmoe_kernels.checks import at_least_float32
+from diffmoe_kernels.routing import Routing
+
+
+class RouterTopK(NamedTuple):
+    """What `router_topk` returns. T tokens, E experts, K = top_k.
+
+    Attributes:
+        routing: the record that the experts take, of T * K rows.
+        topk_ids: (T, K) int32, the chosen experts, the best first.
+        topk_weights: (T, K) float32, differentiable.
+        router_scores: (T, E) float32, differentiable: sigmoid or softmax of the logits.
+    """
+
+    routing: Routing
+    topk_ids: Tensor
+    topk_weights: Tensor
+    router_scores: Tensor
 
 
 def router_topk_reference(
@@ -19,8 +38,8 @@ def router_topk_reference(
     masked_group_fill: float,
     normalize_weights: bool,
     scaling_factor: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, E) logits -> topk_ids (T, K) int32, topk_weights (T, K), router_scores (T, E)."""
+) -> RouterTopK:
+    """(T, E) logits -> `RouterTopK`."""
     logits = at_least_float32(router_logits)
     scores = logits.sigmoid() if score_function == "sigmoid" else logits.softmax(-1)  # (T, E)
 
@@ -38,7 +57,8 @@ def router_topk_reference(
     topk_weights = scores.gather(1, topk_ids)  # (T, K)
     if normalize_weights and top_k > 1:
         topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
-    return topk_ids.int(), topk_weights * scaling_factor, scores
+    topk_ids, topk_weights = topk_ids.int(), topk_weights * scaling_factor
+    return RouterTopK(Routing.from_topk(topk_ids, topk_weights, scores.shape[1]), topk_ids, topk_weights, scores)
 
 
 def largest_first(values: Tensor, count: int) -> Tensor:

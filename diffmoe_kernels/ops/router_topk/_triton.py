@@ -1,0 +1,328 @@
+"""`router_topk` in Triton: a counting sort in three launches, no atomics, the same bits every run.
+
+T tokens, E experts, K = top_k, R = T * K rows, B blocks of 32 tokens. Shapes of a kernel's pointers stand above it.
+
+1. `_choose_kernel` scores a block's tokens and chooses their experts: per expert a mask of 32 bits, a token each.
+2. `_scan_kernel` counts those bits and sums them over blocks: where each block begins among its expert's rows.
+3. `_place_kernel` adds where each expert begins and the bits of earlier tokens, and writes the weights and the record.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffmoe_kernels.triton_support import next_power_of_2
+
+MAX_EXPERTS = 256
+BLOCK_T = 32  # a bit of a mask each, and a lane of a warp
+# A program of the wide kernels is one warp. Its tiles are (groups, 16-byte runs of a group, tokens, experts of a run):
+# Triton spreads those over lanes by token first, so that up to E = 64 a thread holds one token's experts and a row's
+# maximum takes no shuffle. At T = 65536, E = 48 that is 15 warps an SM, all resident.
+NARROW = 64
+TILE = 1024  # of wider rows, and in the backward, which holds two tiles: 32 elements a thread
+SCAN = 4096  # blocks a step: one step up to T = 131072
+PLACE_T = 128  # tokens of a program of `_place_kernel`: 512 programs at T = 65536
+
+_LOWEST = tl.constexpr(-(2**31))  # below the key of every float32
+_HIGHEST = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _keys(values):
+    """float32 -> int32 that compare as `torch.sort` does: NaN is the largest, -0.0 equals 0.0."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(values == values, bits ^ ((bits >> 31) & _HIGHEST), _HIGHEST)
+
+
+@triton.jit
+def _values(keys):
+    return (keys ^ ((keys >> 31) & _HIGHEST)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _exp(x):
+    """CUDA's expf, step by step: with `tl.exp`, off by |x| / 2 ulp, near ties would not fall as in PyTorch."""
+    shifted = tl.clamp(tl.fma(x, 0.0057249800302088261, 0.5), 0.0, 1.0)
+    whole = tl.fma(shifted, 252.0, -0.49998) + 12582913.0  # rounded down; 1.5 * 2^23 + 1 leaves it in the low bits
+    rest = tl.fma(x, 1.925963033500011e-08, tl.fma(x, 1.4426950216293335, 12583039.0 - whole))
+    return tl.exp2(rest) * (whole.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _divide(x, y, inverse):
+    """x / y, rounded correctly but for the rarest cases, from 1 / y up to 2 ulp off; y may be infinite."""
+    quotient = x * inverse
+    return tl.where(y < 1e37, tl.fma(tl.fma(-y, quotient, x), inverse, quotient), quotient)
+
+
+@triton.jit
+def _bits(mask):
+    """How many bits of a uint32 are set."""
+    mask = mask - ((mask >> 1) & 0x55555555)
+    mask = (mask & 0x33333333) + ((mask >> 2) & 0x33333333)
+    mask = (mask + (mask >> 4)) & 0x0F0F0F0F
+    mask += mask >> 8
+    return ((mask + (mask >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def _sum_of_row(tile):
+    """(G, C, T, V) -> (T,)"""
+    return tl.sum(tl.sum(tl.sum(tile, 3), 1), 0)
+
+
+# logits (T, E), bias (E,) -> scores (T, E), topk_ids (T, K), masks (E, B)
+@triton.jit
+def _choose_kernel(
+    logits,
+    bias,
+    scores,
+    topk_ids,
+    masks,
+    num_tokens,
+    num_blocks,
+    fill,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TILE_T: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    V: tl.constexpr,
+):
+    S: tl.constexpr = E // GROUPS
+    groups = tl.arange(0, G)
+    members = tl.arange(0, C)[:, None] * V + tl.arange(0, V)[None, :]
+    experts = groups[:, None, None] * S + members[None, :, :]
+    real = (groups < GROUPS)[:, None, None] & (members < S)[None, :, :]
+    places = experts[:, :, None, :]
+    block = tl.program_id(0)
+    begin = block.to(tl.int64) * BLOCK_T
+    block_masks = tl.zeros((G, C, V), tl.uint32)
+    for start in range(0, BLOCK_T, TILE_T):
+        tokens = start + tl.arange(0, TILE_T)
+        inside = begin + tokens < num_tokens
+        mask = inside[None, None, :, None] & real[:, :, None, :]
+        at = tokens[None, None, :, None] * E + places
+        x = tl.load(logits + begin * E + at, mask=mask, other=0.0).to(tl.float32)
+        if SOFTMAX:
+            x = tl.where(real[:, :, None, :], x, -float("inf"))
+            x = _exp(x - tl.max(tl.max(tl.max(x, 3), 1), 0)[None, None, :, None])
+            total = _sum_of_row(x)
+            score = _divide(x, total[None, None, :, None], (1.0 / total)[None, None, :, None])
+        else:
+            x = 1.0 + _exp(-x)
+            score = _divide(1.0, x, 1.0 / x)
+        tl.store(scores + begin * E + at, score, mask=mask)
+
+        if HAS_BIAS:
+            score += tl.load(bias + experts, mask=real, other=0.0).to(tl.float32)[:, :, None, :]
+        keys = tl.where(real[:, :, None, :], _keys(score), _LOWEST)
+        if GROUPS > 1:
+            best = tl.max(tl.max(keys, 3), 1)  # (G, T)
+            total = _values(best)
+            if S > 1:
+                is_best = keys == best[:, None, :, None]
+                first = tl.min(tl.min(tl.where(is_best, members[None, :, None, :], S), 3), 1)
+                others = tl.where(members[None, :, None, :] == first[:, None, :, None], _LOWEST, keys)
+                total += _values(tl.max(tl.max(others, 3), 1))
+            group_keys = tl.where((groups < GROUPS)[:, None], _keys(total), _LOWEST)
+            for _ in range(TOP_GROUPS):
+                is_next = group_keys == tl.max(group_keys, 0)[None, :]
+                group = tl.min(tl.where(is_next, groups[:, None], G), 0)
+                group_keys = tl.where(groups[:, None] == group[None, :], _LOWEST, group_keys)
+            masked = (group_keys != _LOWEST)[:, None, :, None] & real[:, :, None, :]
+            keys = tl.where(masked, _keys(tl.full((G, C, TILE_T, V), fill, tl.float32)), keys)
+
+        for slot in range(K):
+            is_largest = keys == tl.max(tl.max(tl.max(keys, 3), 1), 0)[None, None, :, None]
+            chosen = tl.min(tl.min(tl.min(tl.where(is_largest, places, E), 3), 1), 0)
+            keys = tl.where((places == chosen[None, None, :, None]) & real[:, :, None, :], _LOWEST, keys)
+            tl.store(topk_ids + begin * K + (tokens * K + slot), chosen, mask=inside)
+        bits = tl.full((TILE_T,), 1, tl.uint32) << tokens.to(tl.uint32)
+        block_masks += tl.sum(tl.where(mask & (keys == _LOWEST), bits[None, None, :, None], 0), 2)
+    tl.store(masks + experts * num_blocks + block, block_masks.to(tl.int32, bitcast=True), mask=real)
+
+
+# masks (E, B) -> begins (E, B): rows of the expert's earlier blocks, totals (E,): all its rows
+@triton.jit
+def _scan_kernel(masks, begins, totals, num_blocks, BLOCK: tl.constexpr):
+    expert = tl.program_id(0)
+    total = tl.zeros((), tl.int32)
+    for start in range(0, num_blocks, BLOCK):
+        blocks = start + tl.arange(0, BLOCK)
+        inside = blocks < num_blocks
+        at = expert * num_blocks + blocks
+        count = _bits(tl.load(masks + at, mask=inside, other=0).to(tl.uint32, bitcast=True))
+        tl.store(begins + at, total + tl.cumsum(count, 0) - count, mask=inside)
+        total += tl.sum(count, 0)
+    tl.store(totals + expert, total)
+
+
+# scores (T, E), topk_ids (T, K), masks (E, B), begins (E, B), totals (E,) -> topk_weights (T, K), token_indices (R,),
+# gates (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,)
+@triton.jit
+def _place_kernel(
+    scores,
+    topk_ids,
+    masks,
+    begins,
+    totals,
+    topk_weights,
+    token_indices,
+    gates,
+    group_offsets,
+    token_offsets,
+    token_rows,
+    num_tokens,
+    num_blocks,
+    scaling_factor,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PLACE_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    experts = tl.arange(0, BLOCK_E)
+    total = tl.load(totals + experts, mask=experts < E, other=0)
+    ends = tl.cumsum(total, 0)
+    if tl.program_id(0) == 0:
+        tl.store(group_offsets + experts, ends, mask=experts < E)
+        tl.store(token_offsets, 0)
+
+    tokens = tl.program_id(0) * PLACE_T + tl.arange(0, PLACE_T)
+    inside = tokens < num_tokens
+    tl.store(token_offsets + 1 + tokens, (tokens + 1) * K, mask=inside)
+
+    k = tl.arange(0, BLOCK_K)
+    mask = inside[:, None] & (k < K)[None, :]
+    slots = tokens[:, None] * K + k[None, :]
+    ids = tl.load(topk_ids + slots, mask=mask, other=0)
+    weight = tl.load(scores + tokens.to(tl.int64)[:, None] * E + ids, mask=mask, other=0.0)
+    if NORMALIZE:
+        divisor = tl.sum(weight, 1) + 1e-20
+        weight = tl.div_rn(weight, tl.broadcast_to(divisor[:, None], weight.shape))
+    weight *= scaling_factor
+
+    begin_of_expert = tl.gather(ends - total, tl.reshape(ids, (PLACE_T * BLOCK_K,)), 0)
+    at = ids * num_blocks + (tokens // BLOCK_T)[:, None]
+    earlier = (tl.full((PLACE_T,), 1, tl.uint32) << (tokens % BLOCK_T).to(tl.uint32)) - 1
+    chosen = tl.load(masks + at, mask=mask, other=0).to(tl.uint32, bitcast=True)
+    rows = tl.load(begins + at, mask=mask, other=0) + _bits(chosen & earlier[:, None])
+    rows += tl.reshape(begin_of_expert, (PLACE_T, BLOCK_K))
+    tl.store(topk_weights + slots, weight, mask=mask)
+    tl.store(token_rows + slots, rows, mask=mask)
+    tl.store(token_indices + rows, tl.broadcast_to(tokens[:, None], rows.shape), mask=mask)
+    tl.store(gates + rows, weight, mask=mask)
+
+
+def outputs_of(router_logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    """What `route` returns, uninitialised."""
+    num_tokens, num_experts = router_logits.shape
+
+    def integers(*shape: int) -> Tensor:
+        return router_logits.new_empty(shape, dtype=torch.int32)
+
+    def floats(*shape: int) -> Tensor:
+        return router_logits.new_empty(shape, dtype=torch.float32)
+
+    return (
+        floats(num_tokens, top_k),
+        floats(num_tokens, num_experts),
+        floats(num_tokens * top_k),
+        integers(num_tokens, top_k),
+        integers(num_tokens * top_k),
+        integers(num_experts),
+        integers(num_tokens + 1),
+        integers(num_tokens * top_k),
+    )
+
+
+def route(
+    router_logits: Tensor,
+    expert_bias: Tensor | None,
+    top_k: int,
+    softmax: bool,
+    num_groups: int,
+    top_groups: int,
+    masked_group_fill: float,
+    normalize: bool,
+    scaling_factor: float,
+) -> tuple[Tensor, ...]:
+    """Routes (T, E) logits in three launches.
+
+    Returns:
+        topk_weights, router_scores, gates, topk_ids, token_indices, group_offsets, token_offsets, token_rows, as
+        `RouterTopK` and `Routing` have them.
+    """
+    outputs = outputs_of(router_logits, top_k)
+    topk_weights, scores, gates, topk_ids, token_indices, group_offsets, token_offsets, token_rows = outputs
+    num_tokens, num_experts = router_logits.shape
+    if num_tokens == 0:
+        group_offsets.zero_()
+        token_offsets.zero_()
+        return outputs
+    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
+    masks = group_offsets.new_empty(num_experts, num_blocks)
+    begins, totals = torch.empty_like(masks), torch.empty_like(group_offsets)
+    if top_groups == num_groups:
+        num_groups = top_groups = 1
+    width = next_power_of_2(num_experts // num_groups)
+    vector = min(16 // router_logits.element_size(), width)
+    groups = next_power_of_2(num_groups)
+    _choose_kernel[(num_blocks,)](
+        router_logits,
+        scores if expert_bias is None else expert_bias,
+        scores,
+        topk_ids,
+        masks,
+        num_tokens,
+        num_blocks,
+        masked_group_fill,
+        num_experts,
+        top_k,
+        num_groups,
+        top_groups,
+        softmax,
+        expert_bias is not None,
+        BLOCK_T,
+        BLOCK_T if groups * width <= NARROW else max(TILE // (groups * width), 1),
+        groups,
+        width // vector,
+        vector,
+        num_warps=1,
+    )
+    _scan_kernel[(num_experts,)](masks, begins, totals, num_blocks, min(next_power_of_2(num_blocks), SCAN), num_warps=8)
+    _place_kernel[(triton.cdiv(num_tokens, PLACE_T),)](
+        scores,
+        topk_ids,
+        masks,
+        begins,
+        totals,
+        topk_weights,
+        token_indices,
+        gates,
+        group_offsets,
+        token_offsets,
+        token_rows,
+        num_tokens,
+        num_blocks,
+        scaling_factor,
+        num_experts,
+        top_k,
+        normalize and top_k > 1,
+        BLOCK_T,
+        PLACE_T,
+        next_power_of_2(num_experts),
+        next_power_of_2(top_k),
+    )
+    return outputs
