@@ -5,8 +5,8 @@
     register_experts()
     model.set_experts_implementation("diffmoe")  # or from_pretrained(..., experts_implementation="diffmoe")
 
-Takes every model whose experts lie in transformers' common layout: `gate_up_proj` (E, 2I, D), or `up_proj` (E, I, D), and
-`down_proj` (E, D, I), with or without biases.
+Takes every model whose experts lie in transformers' common layout: `gate_up_proj` (E, 2I, D), or `up_proj` (E, I, D),
+and `down_proj` (E, D, I), with or without biases.
 """
 
 from __future__ import annotations

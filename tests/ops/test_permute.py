@@ -146,7 +146,9 @@ def test_rejects_bad_input():
     for function, rows in ((ops.permute, 6), (ops.unpermute, 12)):
         with pytest.raises(ValueError, match="different devices: .* on meta, routing on cpu"):
             function(torch.zeros(rows, 4, device="meta"), routing)
-        with pytest.raises(NotImplementedError, match="permute: there is no 'cuda' backend; this op has 'torch', 'reference'"):
+        with pytest.raises(
+            NotImplementedError, match="permute: there is no 'cuda' backend; this op has 'torch', 'reference'"
+        ):
             function(torch.zeros(rows, 4), routing, backend="cuda")
 
 

@@ -1,0 +1,183 @@
+"""The Triton kernels on a GPU, at the published models' sizes: values, gradients, determinism, graphs, addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffmoe_kernels import ExpertChoiceMoE, MoE, Routing, ops
+from diffmoe_kernels.testing import assert_close, assert_error_within, relative_error
+from diffmoe_kernels.triton_support import HAS_TRITON
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TRITON, reason="needs triton")]
+
+# T, D, I, E, K, activation; the tokens fewer than in training, so that float64 is quick
+SHAPES = {
+    "DSMoE-L-E16": (4096, 1024, 2048, 16, 2, "swiglu"),
+    "DSMoE-L-E48": (4096, 1024, 448, 48, 5, "swiglu"),
+    "DSMoE-S-E48": (8192, 384, 128, 48, 5, "swiglu"),
+    "DSMoE-3B-E16": (2048, 1152, 2880, 16, 2, "swiglu"),
+    "DiffMoE-L-E8": (4096, 1024, 4096, 8, 1, "gelu_tanh"),
+    "sampling": (512, 1024, 448, 48, 5, "swiglu"),
+    "odd": (1001, 72, 40, 5, 2, "silu"),
+    "odder": (333, 37, 51, 3, 2, "swiglu"),
+}
+
+
+def inputs_of(shape: tuple, seed: int = 0) -> tuple[Routing, dict[str, Tensor]]:
+    num_tokens, hidden, inner, num_experts, top_k, activation = shape
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(size, device="cuda", generator=generator)
+
+    scores = torch.rand(num_tokens, num_experts, device="cuda", generator=generator)
+    weights, ids = scores.topk(top_k)
+    width = inner * (2 if activation == "swiglu" else 1)
+    inputs = {"x": randn(num_tokens, hidden), "up_proj": randn(num_experts, width, hidden, scale=hidden**-0.5)}
+    inputs["down_proj"] = randn(num_experts, hidden, inner, scale=inner**-0.5)
+    if activation == "gelu_tanh":
+        inputs |= {"up_bias": randn(num_experts, width), "down_bias": randn(num_experts, hidden)}
+    return Routing.from_topk(ids, weights, num_experts), inputs
+
+
+def run(routing: Routing, inputs: dict[str, Tensor], dtype: torch.dtype, activation: str, backend: str) -> dict:
+    leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+    gates = routing.gates.detach().requires_grad_()
+    maps = routing.group_offsets, routing.token_offsets, routing.token_rows
+    own = Routing(routing.token_indices, gates, *maps)
+    x = leaves.pop("x")
+    y = ops.experts(x, own, **leaves, activation=activation, backend=backend)
+    weighting = torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(y.dtype)
+    grads = torch.autograd.grad(y, [x, gates, *leaves.values()], weighting)
+    return dict(zip(["y", "x", "gates", *leaves], [y.detach(), *grads], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", SHAPES)
+def test_experts_are_as_accurate_as_pytorch(name, dtype) -> None:
+    activation = SHAPES[name][-1]
+    routing, inputs = inputs_of(SHAPES[name])
+    rounded = {key: tensor.to(dtype) for key, tensor in inputs.items()}
+    exact = run(routing, {key: t.double() for key, t in rounded.items()}, torch.float64, activation, "reference")
+    plain = run(routing, rounded, dtype, activation, "reference")
+    ours = run(routing, rounded, dtype, activation, "triton")
+    for key, expected in exact.items():
+        assert_error_within(ours[key], plain[key], expected, name=f"{name}, {key}, {dtype}")
+
+
+@pytest.mark.parametrize("name", ["DSMoE-L-E48", "DiffMoE-L-E8"])
+def test_two_runs_have_the_same_bits(name) -> None:
+    routing, inputs = inputs_of(SHAPES[name])
+    one, other = (run(routing, inputs, torch.bfloat16, SHAPES[name][-1], "triton") for _ in range(2))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_grouped_gemm_agrees_with_grouped_mm() -> None:
+    offs = torch.tensor([0, 1000, 1001, 4096], device="cuda", dtype=torch.int32)
+    x = torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(4, 512, 768, device="cuda", dtype=torch.bfloat16)
+    for a, b in ((x, w), (x.mT, torch.randn(4096, 256, device="cuda", dtype=torch.bfloat16))):
+        expected = torch.nn.functional.grouped_mm(a, b, offs=offs)
+        assert_close(ops.grouped_gemm(a, b, offs, backend="triton"), expected)
+
+
+LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
+    "token choice": lambda: MoE(256, 512, 16, 2, shared_intermediate_size=512, backend="triton"),
+    "many experts": lambda: MoE(256, 128, 48, 5, num_groups=4, top_groups=2, backend="triton"),
+    "expert choice": lambda: ExpertChoiceMoE(256, 512, 8, backend="triton"),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_a_training_step_waits_for_nothing_and_fits_in_a_graph(layer) -> None:
+    layer = layer().cuda().bfloat16()
+    x = torch.randn(8, 256, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn_like(x)
+
+    def step() -> Tensor:
+        x.grad = None
+        layer.zero_grad()
+        y = layer(x)
+        y.backward(grad)
+        return y
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, allocates
+            step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        eager = step()
+        expected = [eager.detach().clone(), x.grad.clone(), *(p.grad.clone() for p in layer.parameters())]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for tensor in (y, x.grad, *(p.grad for p in layer.parameters())):
+        tensor.detach().fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    actual = [y, x.grad, *(p.grad for p in layer.parameters())]
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("inference", ["pool", "token"])
+def test_predicted_capacity_fits_in_a_graph(inference) -> None:
+    layer = ExpertChoiceMoE(256, 512, 8, inference=inference, max_capacity_factor=4.0, backend="triton")
+    layer = layer.cuda().bfloat16().eval()
+    layer.expert_threshold.fill_(0.5)
+    x = torch.randn(4, 256, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_addresses_past_2_to_the_31() -> None:
+    """Rows whose place times their length does not fit in 32 bits: 2.2 million rows of 1,024 numbers."""
+    num_tokens, hidden, inner, num_experts = 1_100_000, 1024, 64, 4
+    routing, inputs = inputs_of((num_tokens, hidden, inner, num_experts, 2, "swiglu"))
+    inputs = {key: tensor.bfloat16() for key, tensor in inputs.items()}
+    x = inputs.pop("x").requires_grad_()
+    assert routing.num_rows * hidden > 2**31
+    rows = ops.permute(x, routing, backend="triton")
+    assert torch.equal(rows[-5:], x[routing.token_indices[-5:].long()])
+    del rows
+    y = ops.experts(x, routing, **inputs, backend="triton")
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    last = slice(num_tokens - 64, num_tokens)
+    few = [routing.token_rows[routing.token_offsets[t] : routing.token_offsets[t + 1]] for t in range(num_tokens)[last]]
+    experts = torch.stack([routing.row_experts[rows.long()] for rows in few])
+    weights = torch.stack([routing.gates[rows.long()] for rows in few])
+    small = Routing.from_topk(experts, weights, num_experts)
+    tail = x[last].detach().requires_grad_()
+    expected = ops.experts(tail, small, **inputs, backend="reference")
+    assert relative_error(y[last], expected) < 1e-2
+    assert relative_error(grad[last], torch.autograd.grad(expected.sum(), tail)[0]) < 1e-2
+
+
+def test_streams_do_not_mix() -> None:
+    routing, inputs = inputs_of(SHAPES["DSMoE-S-E48"])
+    _, others = inputs_of(SHAPES["DSMoE-S-E48"], seed=1)
+    expected = [run(routing, one, torch.bfloat16, "swiglu", "triton") for one in (inputs, others)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results = []
+    torch.cuda.synchronize()
+    for stream, one in zip(streams, (inputs, others), strict=True):
+        with torch.cuda.stream(stream):
+            results.append(run(routing, one, torch.bfloat16, "swiglu", "triton"))
+    torch.cuda.synchronize()
+    for result, right in zip(results, expected, strict=True):
+        assert all(torch.equal(result[key], right[key]) for key in right)
