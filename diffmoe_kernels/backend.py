@@ -35,6 +35,11 @@ class Implementation:
     automatic: bool = True
 
 
+def plain(function: Callable[..., Any]) -> dict[str, Implementation]:
+    """The implementations of an op whose definition PyTorch runs without a host sync: it is the "torch" backend too."""
+    return {name: Implementation(function) for name in ("torch", "reference")}
+
+
 def check_backend(backend: str) -> str:
     """Returns ``backend``; raises ValueError where it is not a backend's name."""
     if backend not in BACKENDS:

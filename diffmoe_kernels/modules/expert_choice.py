@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffmoe_kernels import ops
-from diffmoe_kernels.backend import Backend
+from diffmoe_kernels.backend import Backend, check_backend
 from diffmoe_kernels.checks import at_least_float32, check_choice
 from diffmoe_kernels.modules.buffers import Float32Buffers
 from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_capacity, tokens_and_residual
@@ -69,7 +69,7 @@ class ExpertChoiceMoE(Float32Buffers):
         max_capacity_factor: at inference an expert takes at most int(S / E * max_capacity_factor) tokens, but one if
             that is 0, drops those of the lowest score and counts them; None bounds it by S, all tokens.
         threshold_decay: of the thresholds' moving average.
-        backend: of the experts; see `diffmoe_kernels.backend`.
+        backend: of the choice and the experts; see `diffmoe_kernels.backend`.
 
     Raises:
         ValueError: sizes that do not fit each other, unknown names.
@@ -116,6 +116,7 @@ class ExpertChoiceMoE(Float32Buffers):
         self.pool = pool
         self.inference = inference
         self.max_capacity_factor = max_capacity_factor
+        self.backend = check_backend(backend)
         factory = {"device": device, "dtype": dtype}
         network = {"activation": activation, "bias": bias, **factory}
         self.router = ExpertChoiceRouter(hidden_size, num_experts, **factory)
@@ -156,7 +157,8 @@ class ExpertChoiceMoE(Float32Buffers):
         scores = self.router(tokens)  # (T, E)
         if self.training or self.capacity_predictor is None:
             num_pools = max(math.prod(x.shape[:-2]), 1) if self.pool == "sample" else 1
-            routing = ops.token_drop(scores, self._capacity(len(tokens) // num_pools), num_pools=num_pools)
+            capacity = self._capacity(len(tokens) // num_pools)
+            routing = ops.token_drop(scores, capacity, num_pools=num_pools, backend=self.backend)
             num_dropped = scores.new_zeros((), dtype=torch.int64)
         else:
             routing, num_dropped = self._infer(tokens, scores)
@@ -203,6 +205,7 @@ class ExpertChoiceMoE(Float32Buffers):
             self.expert_threshold,
             rule=self.inference,
             max_capacity=bound,
+            backend=self.backend,
         )
 
     def _warn_of_first_thresholds(self) -> None:
@@ -221,6 +224,6 @@ class ExpertChoiceMoE(Float32Buffers):
         loss = quantile = None
         if self.training and self.capacity_predictor is not None:
             logits = self.capacity_predictor(tokens.detach())  # (T, E); no gradient to the tokens
-            loss = ops.capacity_loss(logits, routing)
-            quantile = ops.capacity_quantile(logits, self._capacity(len(tokens)))
+            loss = ops.capacity_loss(logits, routing, backend=self.backend)
+            quantile = ops.capacity_quantile(logits, self._capacity(len(tokens)), backend=self.backend)
         return ExpertChoiceAux(routing.group_sizes.float(), num_dropped, loss, quantile)

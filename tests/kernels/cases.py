@@ -11,6 +11,10 @@ from torch import Tensor
 from diffmoe_kernels.ops.experts._triton import down_backward, up_projection
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows, weight_grad
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum, unpermute_backward
+from diffmoe_kernels.ops.router_topk import _triton as router
+from diffmoe_kernels.ops.router_topk import _triton_backward as router_backward
+from diffmoe_kernels.ops.token_drop import _capacity
+from diffmoe_kernels.ops.token_drop import _triton as token_drop
 
 # T, D, I, E, rows a token (K, or 1 in expert choice), activation
 SHAPES = {
@@ -66,6 +70,26 @@ def launch_movement(shape: tuple, dtype: torch.dtype) -> None:
     gather_sum(meta(rows, hidden, dtype=dtype), gates, meta(num_tokens + 1), meta(rows), x)
 
 
+def launch_router(num_tokens: int, num_experts: int, top_k: int, groups: int, softmax: bool) -> None:
+    logits = meta(num_tokens, num_experts, dtype=torch.float32)
+    weights, scores, gates, ids, *_, token_rows = router.route(
+        logits, meta(num_experts, dtype=torch.float32), top_k, softmax, groups, max(groups // 2, 1), 0.0, True, 2.5
+    )
+    options = (softmax, True, 2.5, torch.float32)
+    router_backward.route_backward(weights, scores, gates, scores, ids, token_rows, *options)
+
+
+def launch_token_drop(num_tokens: int, num_experts: int) -> None:
+    scores, thresholds = meta(num_tokens, num_experts, dtype=torch.float32), meta(num_experts, dtype=torch.float32)
+    capacity = num_tokens // num_experts
+    gates, _, *maps = token_drop.route(scores, capacity)
+    token_drop.spread_gates(gates, *maps, torch.float32)
+    token_drop.route(scores, capacity, 1, scores, thresholds, False)
+    _capacity.cross_entropy(scores, *maps)
+    _capacity.cross_entropy_backward(meta(dtype=torch.float32), scores, *maps)
+    _capacity.kth_prediction(scores, capacity)
+
+
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 CASES: dict[str, tuple[Callable[[], object], torch.dtype]] = {}
 for name, shape in SHAPES.items():
@@ -76,3 +100,7 @@ for dtype in (FLOAT16, FLOAT32):
 CASES["experts DSMoE-S-E48 float32"] = partial(launch_experts, SHAPES["DSMoE-S-E48"], FLOAT32, True, False), FLOAT32
 for name in ("DSMoE-L-E48", "DSMoE-S-E48"):
     CASES[f"movement {name}"] = partial(launch_movement, SHAPES[name], BFLOAT16), BFLOAT16
+for sizes in ((65536, 48, 5, 1, False), (16384, 16, 2, 2, False), (65536, 16, 1, 1, True), (4096, 256, 8, 8, False)):
+    CASES[f"router {sizes}"] = partial(launch_router, *sizes), FLOAT32
+for sizes in ((16384, 8), (65536, 16)):  # in registers, and in several passes
+    CASES[f"token_drop {sizes}"] = partial(launch_token_drop, *sizes), FLOAT32

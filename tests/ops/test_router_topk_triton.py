@@ -14,7 +14,7 @@ from diffmoe_kernels.triton_support import HAS_TRITON
 if not HAS_TRITON:
     pytest.skip("needs triton", allow_module_level=True)
 
-from diffmoe_kernels.ops.router_topk import _triton, _triton_backward, _triton_op
+from diffmoe_kernels.ops.router_topk import _library, _triton, _triton_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = ("topk_weights", "router_scores", "gates")
@@ -153,10 +153,10 @@ def test_same_bits_every_run():
 def test_opcheck(with_bias):
     logits = torch.randn(7, 6, requires_grad=True)
     bias = torch.randn(6) if with_bias else None
-    torch.library.opcheck(_triton_op._router_topk, (logits, bias, 2, True, 3, 2, -math.inf, True, 0.5))
-    out = _triton_op._router_topk(logits.detach(), bias, 2, False, 1, 1, 0.0, True, 0.5)
+    torch.library.opcheck(_library._router_topk, (logits, bias, 2, True, 3, 2, -math.inf, True, 0.5))
+    out = _library._router_topk(logits.detach(), bias, 2, False, 1, 1, 0.0, True, 0.5)
     saved = out[1], out[3], out[7], False, True, 0.5, torch.bfloat16
-    torch.library.opcheck(_triton_op._router_topk_backward, (torch.randn(7, 2), None, torch.randn(14), *saved))
+    torch.library.opcheck(_library._router_topk_backward, (torch.randn(7, 2), None, torch.randn(14), *saved))
 
 
 def test_compiles_whole():

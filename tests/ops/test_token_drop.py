@@ -7,7 +7,15 @@ import torch
 
 from diffmoe_kernels import Routing, ops
 from diffmoe_kernels.testing import assert_close, poisoned_allocations, random_topk, value_and_grads
+from diffmoe_kernels.triton_support import HAS_TRITON
 
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BACKENDS_AND_DTYPES = [
+    *(("reference", dtype) for dtype in DTYPES),
+    *(pytest.param("triton", dtype, marks=needs_triton) for dtype in DTYPES[1:]),
+]
 FIELDS = ("token_indices", "gates", "group_offsets", "token_offsets", "token_rows")
 
 
@@ -24,7 +32,7 @@ def rows_of(routing):
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize(
     "num_tokens, num_experts, capacity, num_pools",
     [
@@ -38,10 +46,10 @@ def rows_of(routing):
         (6, 2, 1, 6),
     ],
 )
-def test_token_drop_takes_each_experts_best(num_tokens, num_experts, capacity, num_pools, dtype):
+def test_token_drop_takes_each_experts_best(num_tokens, num_experts, capacity, num_pools, backend, dtype):
     scores = torch.rand(num_tokens, num_experts).to(dtype)
     with poisoned_allocations():
-        routing = ops.token_drop(scores, capacity, num_pools=num_pools)
+        routing = ops.token_drop(scores, capacity, num_pools=num_pools, backend=backend)
     size = num_tokens // num_pools
     expected = [
         (e, p * size + t, scores[p * size + t, e].item())
@@ -55,17 +63,19 @@ def test_token_drop_takes_each_experts_best(num_tokens, num_experts, capacity, n
     assert routing.gates.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_token_drop_per_sample_equals_calls_per_sample():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_drop_per_sample_equals_calls_per_sample(backend):
     scores = torch.rand(3, 8, 4)
-    together = rows_of(ops.token_drop(scores.flatten(0, 1), 3, num_pools=3))
-    apart = [(e, t + 8 * s, g) for s in range(3) for e, t, g in rows_of(ops.token_drop(scores[s], 3))]
+    together = rows_of(ops.token_drop(scores.flatten(0, 1), 3, num_pools=3, backend=backend))
+    apart = [(e, t + 8 * s, g) for s in range(3) for e, t, g in rows_of(ops.token_drop(scores[s], 3, backend=backend))]
     assert together == sorted(apart)
 
 
-def test_token_drop_breaks_ties_by_token():
-    assert [token for _, token, _ in rows_of(ops.token_drop(torch.zeros(6, 2), 2))] == [0, 1, 0, 1]
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_drop_breaks_ties_by_token(backend):
+    assert [token for _, token, _ in rows_of(ops.token_drop(torch.zeros(6, 2), 2, backend=backend))] == [0, 1, 0, 1]
     scores = torch.tensor([[0.0], [1.0], [0.5], [1.0], [0.5]])
-    assert [token for _, token, _ in rows_of(ops.token_drop(scores, 3))] == [1, 2, 3]
+    assert [token for _, token, _ in rows_of(ops.token_drop(scores, 3, backend=backend))] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("capacity, num_pools", [(4, 1), (2, 2), (0, 1), (12, 1)])
@@ -74,12 +84,15 @@ def test_token_drop_gradcheck(capacity, num_pools):
     assert torch.autograd.gradcheck(lambda s: ops.token_drop(s, capacity, num_pools=num_pools).gates, (scores,))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("max_capacity", [None, 20, 9, 3, 0])
-def test_predicted_capacity(max_capacity):
+def test_predicted_capacity(max_capacity, backend):
     scores, logits = torch.rand(20, 5), torch.randn(20, 5)
     thresholds = torch.tensor([0.0, 0.3, 0.5, 0.8, 1.0])
     with poisoned_allocations():
-        routing, num_dropped = ops.token_drop_predicted(scores, logits, thresholds, max_capacity=max_capacity)
+        routing, num_dropped = ops.token_drop_predicted(
+            scores, logits, thresholds, max_capacity=max_capacity, backend=backend
+        )
     bound = 20 if max_capacity is None else max_capacity
     wanted = [
         sum(1 / (1 + math.exp(-x)) > thr for x in logits[:, e].tolist()) for e, thr in enumerate(thresholds.tolist())
@@ -93,26 +106,28 @@ def test_predicted_capacity(max_capacity):
     assert num_dropped.item() == sum(max(count - bound, 0) for count in wanted) and num_dropped.dtype == torch.int64
 
 
-def test_predicted_capacity_gradient_reaches_the_chosen_scores_alone():
-    scores = torch.rand(10, 3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predicted_capacity_gradient_reaches_the_chosen_scores_alone(backend):
+    scores = torch.rand(10, 3, requires_grad=True)
     logits = torch.randn(10, 3, requires_grad=True)
-    routing, _ = ops.token_drop_predicted(scores, logits, torch.full((3,), 0.5), max_capacity=6)
+    routing, _ = ops.token_drop_predicted(scores, logits, torch.full((3,), 0.5), max_capacity=6, backend=backend)
     routing.gates.sum().backward()
-    chosen = torch.zeros(10, 3, dtype=torch.float64)
+    chosen = torch.zeros(10, 3)
     for expert, token, _ in rows_of(routing):
         chosen[token, expert] = 1
     assert torch.equal(scores.grad, chosen)
     assert logits.grad is None
 
 
-def test_predicted_rows_past_the_count_leak_nowhere():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predicted_rows_past_the_count_leak_nowhere(backend):
     """With the bound, the experts compute what they compute without it, and no gradient comes from past the count."""
     scores, logits, x = torch.rand(10, 3), torch.randn(10, 3), torch.randn(10, 4)
     up, down = torch.randn(3, 8, 4), torch.randn(3, 4, 8)
     thresholds = torch.full((3,), 0.5)
 
     def bounded(scores, x, up, down):
-        routing, _ = ops.token_drop_predicted(scores, logits, thresholds)
+        routing, _ = ops.token_drop_predicted(scores, logits, thresholds, backend=backend)
         return ops.experts(x, routing, up, down, activation="silu", backend="torch")
 
     def by_mask(scores, x, up, down):
@@ -156,14 +171,17 @@ def test_token_choice_drop(capacity, kind, ties):
     assert (Routing.from_topk(out, weights, 5).group_sizes <= capacity).all()
 
 
-def test_any_strides():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend):
     scores = torch.rand(6, 12).t()
     for name in FIELDS:
-        ours, dense = (getattr(ops.token_drop(s, 4), name) for s in (scores, scores.contiguous()))
+        ours, dense = (getattr(ops.token_drop(s, 4, backend=backend), name) for s in (scores, scores.contiguous()))
         assert torch.equal(ours, dense)
     logits, thresholds = torch.randn(12, 12)[:, ::2], torch.tensor(0.4).expand(6)
-    ours, _ = ops.token_drop_predicted(scores, logits, thresholds)
-    dense, _ = ops.token_drop_predicted(scores.contiguous(), logits.contiguous(), thresholds.contiguous())
+    ours, _ = ops.token_drop_predicted(scores, logits, thresholds, backend=backend)
+    dense, _ = ops.token_drop_predicted(
+        scores.contiguous(), logits.contiguous(), thresholds.contiguous(), backend=backend
+    )
     assert rows_of(ours) == rows_of(dense)
     ids, weights = random_topk(2, 12, 12)
     ours, dense = (
@@ -173,10 +191,11 @@ def test_any_strides():
     assert torch.equal(ours, dense)
 
 
-def test_no_tokens():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens(backend):
     empty = torch.zeros(0, 3)
-    assert ops.token_drop(empty, 0).num_rows == 0
-    routing, dropped = ops.token_drop_predicted(empty, empty, torch.zeros(3))
+    assert ops.token_drop(empty, 0, backend=backend).num_rows == 0
+    routing, dropped = ops.token_drop_predicted(empty, empty, torch.zeros(3), backend=backend)
     assert routing.num_rows == 0 and dropped.item() == 0
     ids, dropped = ops.token_choice_drop(empty.long(), empty, 4, 2)
     assert ids.shape == (0, 3) and dropped.item() == 0
@@ -219,7 +238,7 @@ S, THR, INT = torch.zeros(12, 3), torch.zeros(3), torch.zeros(12, 3, dtype=torch
         (ValueError, r"drop_scores: expected shape \(12, 3\)", lambda: ops.token_choice_drop(INT, S[:, :2], 3, 1)),
         (ValueError, "different devices", lambda: ops.token_choice_drop(INT, S.to("meta"), 3, 1)),
         (ValueError, "expert_capacity: expected 0 or more, got -1", lambda: ops.token_choice_drop(INT, S, 3, -1)),
-        (NotImplementedError, "token_drop: there is no 'torch'", lambda: ops.token_drop(S, 1, backend="torch")),
+        (NotImplementedError, "token_drop: there is no 'cuda'", lambda: ops.token_drop(S, 1, backend="cuda")),
         (NotImplementedError, "no 'cuda' backend", lambda: ops.token_drop_predicted(S, S, THR, backend="cuda")),
         (NotImplementedError, "no 'triton' backend", lambda: ops.token_choice_drop(INT, S, 3, 1, backend="triton")),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffmoe_kernels.backend import Backend, Implementation, run
+from diffmoe_kernels.backend import Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_floating, check_same_device, check_shape
 from diffmoe_kernels.ops.permute.reference import permute_reference, unpermute_reference
 from diffmoe_kernels.routing import Routing, check_routing
@@ -61,10 +61,10 @@ def _why_not(x: Tensor, routing: Routing) -> str | None:
     return why_not_triton(x)
 
 
-_PERMUTE = {name: Implementation(permute_reference) for name in ("torch", "reference")}
-_UNPERMUTE = {name: Implementation(unpermute_reference) for name in ("torch", "reference")}
+_PERMUTE = plain(permute_reference)
+_UNPERMUTE = plain(unpermute_reference)
 if HAS_TRITON:
-    from diffmoe_kernels.ops.permute._triton import permute_triton, unpermute_triton
+    from diffmoe_kernels.ops.permute import _library
 
-    _PERMUTE["triton"] = Implementation(permute_triton, _why_not, automatic=False)
-    _UNPERMUTE["triton"] = Implementation(unpermute_triton, _why_not, automatic=False)
+    _PERMUTE["triton"] = Implementation(_library.permute_triton, _why_not, automatic=False)
+    _UNPERMUTE["triton"] = Implementation(_library.unpermute_triton, _why_not, automatic=False)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from diffmoe_kernels.backend import Backend, Implementation, run
+from diffmoe_kernels.backend import Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape
 from diffmoe_kernels.ops.router_topk.reference import RouterTopK, router_topk_reference
 from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
@@ -101,9 +101,9 @@ def _why_not(router_logits: Tensor, top_k: int, **options: object) -> str | None
     return why_not_triton(router_logits)
 
 
-_IMPLEMENTATIONS = {name: Implementation(router_topk_reference) for name in ("torch", "reference")}
+_IMPLEMENTATIONS = plain(router_topk_reference)
 if HAS_TRITON:
+    from diffmoe_kernels.ops.router_topk._library import router_topk_triton
     from diffmoe_kernels.ops.router_topk._triton import MAX_EXPERTS
-    from diffmoe_kernels.ops.router_topk._triton_op import router_topk_triton
 
     _IMPLEMENTATIONS = {"triton": Implementation(router_topk_triton, _why_not, automatic=False), **_IMPLEMENTATIONS}

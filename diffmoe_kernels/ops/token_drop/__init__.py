@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffmoe_kernels.backend import Backend, Implementation, run
+from diffmoe_kernels.backend import Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_integer, check_same_device, check_shape
 from diffmoe_kernels.ops.token_drop.reference import (
     capacity_loss_reference,
@@ -19,6 +19,7 @@ from diffmoe_kernels.ops.token_drop.reference import (
     token_drop_reference,
 )
 from diffmoe_kernels.routing import Routing, check_routing
+from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
 
 RULES = ("pool", "token")
 
@@ -180,8 +181,21 @@ def _check_capacity(name: str, capacity: int, most: int) -> None:
         raise ValueError(f"{name}: expected 0 to {most}, the tokens to choose from, got {capacity}")
 
 
-_TOKEN_DROP = {"reference": Implementation(token_drop_reference)}
-_PREDICTED = {"reference": Implementation(token_drop_predicted_reference)}
-_TOKEN_CHOICE = {"reference": Implementation(token_choice_drop_reference)}
-_CAPACITY_LOSS = {"reference": Implementation(capacity_loss_reference)}
-_CAPACITY_QUANTILE = {"reference": Implementation(capacity_quantile_reference)}
+_TOKEN_DROP = plain(token_drop_reference)
+_PREDICTED = plain(token_drop_predicted_reference)
+_TOKEN_CHOICE = plain(token_choice_drop_reference)
+_CAPACITY_LOSS = plain(capacity_loss_reference)
+_CAPACITY_QUANTILE = plain(capacity_quantile_reference)
+if HAS_TRITON:
+    from diffmoe_kernels.ops.token_drop import _library
+
+    def _why_not(scores: Tensor, *others: object) -> str | None:
+        return why_not_triton(scores)
+
+    def _why_not_predicted(scores: Tensor, logits: Tensor, thresholds: Tensor, *others: object) -> str | None:
+        return why_not_triton(scores) or why_not_triton(logits) or why_not_triton(thresholds)
+
+    _TOKEN_DROP["triton"] = Implementation(_library.token_drop_triton, _why_not, automatic=False)
+    _PREDICTED["triton"] = Implementation(_library.token_drop_predicted_triton, _why_not_predicted, automatic=False)
+    _CAPACITY_LOSS["triton"] = Implementation(_library.capacity_loss_triton, _why_not, automatic=False)
+    _CAPACITY_QUANTILE["triton"] = Implementation(_library.capacity_quantile_triton, _why_not, automatic=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,9 +31,10 @@ def token_drop_predicted_reference(
     passed = (at_least_float32(capacity_logits).sigmoid() > thresholds).t()  # (E, T)
     wanted = passed.sum(1)  # (E,)
     counts = wanted.clamp(max=max_capacity)
-    # By the token rule those that passed come first, and there are as many places as they are.
-    ranking = scores.detach() if rule == "pool" else scores.detach().masked_fill(~passed, -math.inf)
-    best = _largest_first(ranking, dim=1)[:, :max_capacity]  # (E, C)
+    best = _largest_first(scores.detach(), dim=1)  # (E, T)
+    if rule == "token":  # those that passed come first, and there are at least as many as places
+        best = best.gather(1, _largest_first(passed.gather(1, best).int(), dim=1))
+    best = best[:, :max_capacity]  # (E, C)
     chosen = torch.arange(max_capacity, device=best.device) < counts.unsqueeze(1)
     tokens = best.where(chosen, num_tokens).sort(dim=1).values  # the chosen first, ascending
     tokens = tokens.clamp(max=max(num_tokens - 1, 0))
