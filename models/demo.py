@@ -1,4 +1,4 @@
-"""Train DSMoE and dense DiT on real digits on a CPU, sample both, score both: `python -m models.demo`."""
+"""Train models on real digits on a CPU, DSMoE and dense DiT by default, sample and score them: `python -m models.demo`."""
 
 import dataclasses
 import datetime
@@ -17,7 +17,7 @@ from models import count_parameters, create_model
 from models.data import collect, from_uint8, load_dataset, save_grid, save_npz, to_uint8
 from models.metrics import DigitsClassifier, Scores, score_samples, train_classifier
 from models.sample import balanced_labels, sample_images
-from models.training.config import TrainConfig, build_config, config_parser, option, require
+from models.training.config import TrainConfig, build_config, config_parser, flag, option, require
 from models.training.loading import load_model
 from models.training.logs import read_metrics, save_loss_curves
 from models.training.trainer import NonFiniteError, Trainer, TrainResult
@@ -199,6 +199,17 @@ def _sample(name: str, config: DemoConfig, labels: Tensor) -> Tensor:
     return images
 
 
+def _command(config: DemoConfig) -> str:
+    """The command line that gives these results."""
+    words = ["python -m models.demo"]
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if value != spec.default and spec.name not in ("output", "overwrite"):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{flag(spec.name)}", *map(str, values)]
+    return " ".join(words)
+
+
 def _write(output: Path, config: DemoConfig, rows: list[Row], rows_of_grid: dict[str, Tensor]) -> None:
     images = from_uint8(torch.cat(list(rows_of_grid.values())))
     columns = len(images) // len(rows_of_grid)
@@ -213,7 +224,7 @@ def _write(output: Path, config: DemoConfig, rows: list[Row], rows_of_grid: dict
     )
     save_loss_curves(output / "loss.png", {row.model: read_metrics(output / row.model) for row in rows})
     origin = (
-        f"`python -m models.demo`, {platform.machine()} CPU with {torch.get_num_threads()} "
+        f"`{_command(config)}`, {platform.machine()} CPU with {torch.get_num_threads()} "
         f"threads, Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}"
     )
     (output / "demo.md").write_text(f"{format_table(rows)}\n\n{origin}\n\n{NOTES}\n")

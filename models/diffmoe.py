@@ -37,9 +37,9 @@ class DiffMoEConfig(DiTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.capacity_schedule is not None:
-            start, end = self.capacity_schedule
-            if not 0 <= start < end:
-                raise ValueError(f"capacity_schedule: expected two rising steps, got {self.capacity_schedule}")
+            steps = self.capacity_schedule
+            if not isinstance(steps, list | tuple) or len(steps) != 2 or not 0 <= steps[0] < steps[1]:
+                raise ValueError(f"capacity_schedule: expected two rising steps, got {steps!r}")
 
     def capacity_factor_at(self, step: int) -> float:
         """The capacity factor of a training step, counted from 0 (official three-stage schedule)."""
@@ -61,7 +61,7 @@ class DiffMoE(DiT):
 
     @property
     def mixes_samples(self) -> bool:
-        return self.config.inference == "pool"
+        return self.config.inference == "pool" or self.config.max_capacity_factor is not None
 
     def make_block(self, index: int) -> nn.Module:
         config = self.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class DiTConfig:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -75,6 +76,19 @@ class DiTConfig:
     @property
     def grid_size(self) -> int:
         return self.input_size // self.patch_size
+
+
+_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def _check_types(config: DiTConfig) -> None:
+    """Configurations come from YAML and command lines too: a wrong type is named, not met later as a bare error."""
+    for field in fields(config):
+        value, (kind, *rest) = getattr(config, field.name), str(field.type).split(" | ")
+        if kind not in _TYPES or (value is None and "None" in rest):
+            continue
+        if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+            raise TypeError(f"{field.name}: expected {field.type}, got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Sample images from a trained model: `python -m models.sample --checkpoint runs/train --output samples`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from models.objectives import Method, Objective, ObjectiveName, objective_for
 from models.training.config import build_config, config_parser, option, require
 from models.training.loading import TrainedModel, Weights, load_published, load_trained, pick_device
 
-GRID_IMAGES = 100  # shown at most
+GRID_COLUMNS, GRID_ROWS = 10, 10  # shown at most
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SampleConfig:
     official: str | None = option(
         None, "YAML file of the official model that --checkpoint is of: its target and params"
     )
-    weights: Weights = option("ema", "the moving average of the weights, a second one, or those of the last step")
+    weights: Weights | None = option(None, "moving average, a second one, or last step; the first that is there")
     num_samples: int = option(100, "how many images, as many of each class")
     classes: list[int] | None = option(None, "labels to sample, all by default", items=int)
     unconditional: bool = option(False, "sample without a class, for models trained with label dropout")
@@ -88,26 +88,39 @@ def sample_images(
     Raises:
         TypeError, ValueError: as `Objective.sample` does.
     """
+    batches = sample_batches(model, labels, objective, seed, steps, method, cfg_scale, batch_size)
+    return torch.cat([batch.cpu() for batch in batches])
+
+
+def sample_batches(
+    model: nn.Module,
+    labels: Tensor,
+    objective: Objective | None,
+    seed: int,
+    steps: int | None,
+    method: Method | None,
+    cfg_scale: float,
+    batch_size: int,
+) -> Iterator[Tensor]:
+    """What `sample_images` returns, `batch_size` images at a time, on the model's device."""
+    if batch_size < 1 or len(labels) < 1:
+        raise ValueError(f"batch_size and labels: expected at least 1 of each, got {batch_size} and {len(labels)}")
     objective = objective_for(model) if objective is None else objective
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.empty(len(labels), model.in_channels, model.input_size, model.input_size)
-    for image in noise:
-        image.normal_(generator=generator)
-    parts = []
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     for start in range(0, len(labels), batch_size):
-        batch = slice(start, start + batch_size)
-        part = objective.sample(
+        part = labels[start : start + batch_size]
+        noise = torch.empty(len(part), model.in_channels, model.input_size, model.input_size)
+        for image in noise:
+            image.normal_(generator=generator)
+        yield objective.sample(
             model,
-            noise[batch].to(device),
-            labels[batch].to(device),
+            noise.to(device),
+            part.to(device),
             steps=steps,
             method=method,
             cfg_scale=cfg_scale,
-            step_noise=_StepNoise(seed, start, noise[batch]),
+            step_noise=_StepNoise(seed, start, noise),
         )
-        parts.append(part.cpu())
-    return torch.cat(parts)
 
 
 class _StepNoise:
@@ -123,9 +136,9 @@ class _StepNoise:
         return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
 
 
-def decode(samples: Tensor, autoencoder: str | None, device: torch.device) -> Tensor:
-    """Latents to images (N, 3, H, W) on the CPU, by the autoencoder of that path or hub name; None leaves pixels."""
-    return samples if autoencoder is None else load_autoencoder(autoencoder).decode(samples.to(device)).cpu()
+def to_images(samples: Tensor, autoencoder: str | None) -> Tensor:
+    """Samples, or latents by the autoencoder of that path or hub name, to uint8 (N, H, W, C) on the CPU."""
+    return to_uint8(samples if autoencoder is None else load_autoencoder(autoencoder).decode(samples)).cpu()
 
 
 def check_decodable(model: nn.Module, autoencoder: str | None) -> None:
@@ -162,28 +175,21 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
     if config.unconditional:
         # Without a null label this is the label that would be it, which the sampler refuses by its reason.
         labels, cfg_scale = torch.full((config.num_samples,), model.num_classes), 1.0
-        columns = min(10, config.num_samples)
+        columns, headings = min(GRID_COLUMNS, config.num_samples), []
     else:
         classes = list(range(model.num_classes)) if config.classes is None else config.classes
         check_labels(torch.tensor(classes), model.num_classes)
         labels, cfg_scale = balanced_labels(config.num_samples, classes), config.cfg_scale
-        columns = min(len(classes), config.num_samples)
-    samples = sample_images(
-        model,
-        labels,
-        objective=trained.objective,
-        seed=config.seed,
-        steps=config.steps,
-        method=config.method,
-        cfg_scale=cfg_scale,
-        batch_size=config.batch_size,
+        columns = min(len(classes), config.num_samples, GRID_COLUMNS)
+        headings = [str(label) for label in classes[:columns]] if columns == len(classes) else []
+    batches = sample_batches(
+        model, labels, trained.objective, config.seed, config.steps, config.method, cfg_scale, config.batch_size
     )
-    images = to_uint8(decode(samples, decoder, device))
+    images = torch.cat([to_images(batch, decoder) for batch in batches])
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     grid, archive = output / "grid.png", output / "samples.npz"
-    rows = max(1, min(len(images), GRID_IMAGES) // columns)
-    headings = [] if config.unconditional else [str(label) for label in labels[:columns].tolist()]
+    rows = min(len(images) // columns, GRID_ROWS)
     save_grid(grid, images[: rows * columns], columns, column_labels=headings)
     save_npz(archive, images, None if config.unconditional else labels)
     return grid, archive
@@ -193,7 +199,11 @@ def _load(config: SampleConfig, device: torch.device) -> TrainedModel:
     options = config.objective_options
     if config.official is None:
         return load_trained(
-            config.checkpoint, weights=config.weights, name=config.model, objective_options=options, device=device
+            config.checkpoint,
+            weights=config.weights or "ema",
+            name=config.model,
+            objective_options=options,
+            device=device,
         )
     model = load_published(config.checkpoint, Path(config.official), weights=config.weights)
     return TrainedModel(model.to(device), objective_for(model, config.objective or "auto", **options), None)

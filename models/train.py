@@ -1,5 +1,6 @@
 """Train a model: `python -m models.train --model DSMoE-digits --data digits --output runs/dsmoe`."""
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from models.training.config import TrainConfig, build_config, config_parser, read_yaml
 from models.training.trainer import CONFIG_FILE, NonFiniteError, Trainer
 
-DESCRIPTION = """Train a diffusion transformer with rectified flow, in a run directory of its own. Ctrl-C stops it with
+DESCRIPTION = """Train a diffusion transformer, in a run directory of its own. Ctrl-C stops it with
 a checkpoint; --resume goes on from there with the run's own options."""
 
 
@@ -19,7 +20,12 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
     parsed = parser.parse_args(arguments)
     saved = Path(parsed.output) / CONFIG_FILE
     if parsed.resume and saved.exists():
-        parser.set_defaults({**read_yaml(saved), "output": parsed.output})
+        options = read_yaml(saved)
+        if unknown := options.keys() - {spec.name for spec in dataclasses.fields(TrainConfig)}:
+            raise ValueError(
+                f"{saved} has options that this version does not: {', '.join(sorted(unknown))}; remove them"
+            )
+        parser.set_defaults({**options, "output": parsed.output})
         parsed = parser.parse_args(arguments)
     return build_config(TrainConfig, parsed), parsed.resume
 

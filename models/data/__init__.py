@@ -27,12 +27,15 @@ __all__ = [
 DATASETS = {"digits": load_digits}
 
 
-def load_dataset(name: str, *, image_size: int = 256, flip: bool = True, autoencoder: str | None = None) -> DataSplits:
+def load_dataset(
+    name: str, *, image_size: int | None = None, flip: bool = True, autoencoder: str | None = None
+) -> DataSplits:
     """The dataset called `name`: "digits" with its fixed split, or a folder of images or latents.
 
     Args:
         name: "digits"; the path of a folder with one subfolder of images per class; or of what `models.encode` wrote.
-        image_size: of image folders, the side in pixels that images are cut and scaled to.
+        image_size: of image folders, the side in pixels that images are cut and scaled to, 256 by default; other
+            datasets have theirs.
         flip: of folders, show the model each image or its mirror image, at random.
         autoencoder: of image folders, local path or hub name of the autoencoder whose latents are trained on; None for
             pixels. Latents have theirs, which it may only repeat.
@@ -47,6 +50,8 @@ def load_dataset(name: str, *, image_size: int = 256, flip: bool = True, autoenc
             raise ValueError(
                 f"autoencoder must be left out for {name!r}, which is trained on as pixels, got {autoencoder!r}"
             )
+        if image_size is not None:
+            raise ValueError(f"image_size must be left out for {name!r}, which has its own, got {image_size}")
         return DATASETS[name]()
     # An empty path would be the current folder.
     if not (name and Path(name).is_dir()) and not {"/", os.sep} & set(name):
@@ -56,6 +61,8 @@ def load_dataset(name: str, *, image_size: int = 256, flip: bool = True, autoenc
             "Otherwise pass the path of a folder with one subfolder of images per class"
         )
     if holds_latents(name):
+        if image_size is not None:
+            raise ValueError(f"image_size must be left out for {name}, whose images are encoded, got {image_size}")
         data = load_latents(name, flip=flip)
         if autoencoder is not None and autoencoder_name(autoencoder) != data.autoencoder:
             raise ValueError(
@@ -63,5 +70,5 @@ def load_dataset(name: str, *, image_size: int = 256, flip: bool = True, autoenc
                 "or encode the images again"
             )
         return data
-    data = load_folder(name, image_size=image_size, flip=flip)
+    data = load_folder(name, image_size=image_size or 256, flip=flip)
     return data if autoencoder is None else with_autoencoder(data, autoencoder)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.objectives.base import Objective, Predict, check_settings
+from models.objectives.base import Objective, Predict, check_numbers, check_settings
 
 NUM_STEPS = 1000
 BETAS = (1e-4, 0.02)  # first and last
@@ -45,7 +45,8 @@ class DDPM(Objective):
     methods = {"ancestral": 250, "ddim": 50}
 
     def __post_init__(self) -> None:
-        fine = self.guided_channels is None or self.guided_channels >= 1
+        check_numbers(self)
+        fine = self.guided_channels is None or (isinstance(self.guided_channels, int) and self.guided_channels >= 1)
         check_settings(self, guided_channels=(fine, "at least 1, or null for all"))
 
     def check_model(self, model: nn.Module) -> None:
@@ -54,14 +55,20 @@ class DDPM(Objective):
                 f"DDPM needs a model with twice as many output channels as input channels, {2 * model.in_channels}, "
                 f"got {model.out_channels}: build it with learn_sigma=True"
             )
+        if self.guided_channels is not None and self.guided_channels > model.in_channels:
+            raise ValueError(
+                f"guided_channels must be at most {model.in_channels}, the model's channels, got {self.guided_channels}"
+            )
 
     def draw_times(self, count: int, device: torch.device) -> Tensor:
         """(count,) int64 steps from torch's global generator, 0 to 999."""
         return torch.randint(NUM_STEPS, (count,), device=device)
 
     def check_times(self, t: Tensor) -> None:
-        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-            raise TypeError(f"t must be integers, got {t.dtype}: DDPM times are step numbers, not fractions of a path")
+        if t.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                f"t must be integers (torch.int64), got {t.dtype}: DDPM times are step numbers, not fractions of a path"
+            )
         outside = t[(t < 0) | (t >= NUM_STEPS)]
         if outside.numel():
             raise ValueError(
@@ -118,7 +125,11 @@ class DDPM(Objective):
 
 
 def evenly_spaced(steps: int) -> tuple[int, ...]:
-    """`steps` of the 1000 training steps, rising, the first and the last among them; the last alone for one."""
+    """`steps` of the 1000 training steps, rising, the first and the last among them; the last alone for one.
+
+    guided-diffusion's own spacing, which adds up rounded strides, differs by one step at some odd counts (not 50, 100
+    or 250).
+    """
     if steps == 1:
         return (NUM_STEPS - 1,)
     return tuple(int(time) for time in np.linspace(0, NUM_STEPS - 1, steps).round())

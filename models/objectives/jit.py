@@ -34,13 +34,15 @@ class JiTFlow(RectifiedFlow):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # from YAML it comes as a list
         interval = self.guidance_interval
+        if isinstance(interval, list):  # as YAML has it
+            object.__setattr__(self, "guidance_interval", interval := tuple(interval))
+        fine = isinstance(interval, tuple) and len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1
         check_settings(
             self,
             time_std=(self.time_std >= 0, "at least 0"),
             min_gap=(0 < self.min_gap < 1, "between 0 and 1"),
-            guidance_interval=(len(interval) == 2 and 0 <= interval[0] <= interval[1], "two rising times"),
+            guidance_interval=(fine, "two rising times in [0, 1]"),
         )
 
     def draw_times(self, count: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.checks import at_least_float32
-from models.objectives.base import Objective, Predict, check_settings
+from models.objectives.base import Objective, Predict, check_numbers, check_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class RectifiedFlow(Objective):
     last_step_is_euler: ClassVar[bool] = False  # so that the model is never asked at t = 1
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         above_0 = ("noise_scale", "rtol", "atol")
         check_settings(self, **{name: (getattr(self, name) > 0, "above 0") for name in above_0})
 

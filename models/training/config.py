@@ -45,7 +45,7 @@ class TrainConfig:
     objective: ObjectiveName = option("auto", "flow, jit or ddpm; auto is jit for JiT and JiTMoE, else flow")
     objective_options: dict[str, Any] = option({}, "settings of the objective, such as '{noise_scale: 2.0}' for jit")
     data: str = option("digits", "digits, a folder of class folders of images, or one that models.encode wrote")
-    image_size: int = option(256, "of an image folder: side that images are resized and cut to")
+    image_size: int | None = option(None, "of an image folder: side that images are cut and scaled to, 256 by default")
     flip: bool = option(True, "of an image folder: mirror images at random")
     autoencoder: str | None = option(None, "of an image folder: train on latents of this diffusers AutoencoderKL")
     output: str = option("runs/train", "run directory to create", change_on_resume=True)
@@ -80,9 +80,10 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulation", "sample_rows", "keep_checkpoints", "image_size")
+        counts = ("steps", "batch_size", "accumulation", "sample_rows", "keep_checkpoints")
         for name in (*counts, "log_every", "checkpoint_every", "sample_every"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1")
         require(self, "sample_steps", self.sample_steps is None or self.sample_steps >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "workers"):
             require(self, name, getattr(self, name) >= 0, "at least 0")
@@ -106,9 +107,11 @@ class TrainConfig:
         """
         for spec in dataclasses.fields(self):
             now = getattr(self, spec.name)
-            if not spec.metadata["change_on_resume"] and spec.name in saved and saved[spec.name] != now:
+            default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
+            was = saved.get(spec.name, default)  # what a run had before there was the option
+            if not spec.metadata["change_on_resume"] and was != now:
                 raise ValueError(
-                    f"{spec.name} is {now!r}, but {source} was written by a run with {saved[spec.name]!r}: "
+                    f"{spec.name} is {now!r}, but {source} was written by a run with {was!r}: "
                     f"leave --{flag(spec.name)} out to resume that run, or start a new one with another --output"
                 )
 

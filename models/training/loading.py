@@ -114,13 +114,13 @@ def load_trained(
     return TrainedModel(model.to(device).eval(), objective, state.get("autoencoder"))
 
 
-def load_published(checkpoint: Path | str, official: Path, *, weights: Weights = "ema") -> nn.Module:
+def load_published(checkpoint: Path | str, official: Path, *, weights: Weights | None = None) -> nn.Module:
     """An official model with the weights of a file as its authors publish it, in evaluation mode.
 
     Args:
         checkpoint: see `models.checkpoint.load_official`.
         official: YAML file with `target` and `params`, at its top or under `model`, as `build_official` takes them.
-        weights: "ema2" and "model" as `load_official` has them; "ema" takes the first that is there, as it does.
+        weights: as `load_official` has them; the first of "ema", "ema2" and "model" that is there where None.
 
     Raises:
         OSError: no such file.
@@ -131,7 +131,7 @@ def load_published(checkpoint: Path | str, official: Path, *, weights: Weights =
     if not isinstance(content, dict) or not {"target", "params"} <= content.keys():
         raise ValueError(f"{official} must name the official model's target and params, at its top or under model")
     model = build_official(content["target"], content["params"])
-    return load_official(model, checkpoint, weights=None if weights == "ema" else weights).eval()
+    return load_official(model, checkpoint, weights=weights).eval()
 
 
 def load_model(checkpoint: Path | str, **arguments: Any) -> nn.Module:

@@ -19,10 +19,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from models import create_model
-from models.data import load_dataset, save_grid, to_uint8
+from models.data import load_dataset, save_grid
 from models.files import write_atomically
 from models.objectives import objective_for
-from models.sample import balanced_labels, check_decodable, decode, sample_images
+from models.sample import balanced_labels, check_decodable, sample_images, to_images
 from models.training.batches import ShuffledBatches
 from models.training.checkpoints import (
     checkpoint_path,
@@ -94,6 +94,7 @@ class Trainer:
         )
         self.model_overrides = model_overrides(config.model_options, self.data)
 
+        self._check_forward()
         torch.manual_seed(config.seed)
         self.model = create_model(config.model, **self.model_overrides).to(self.device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -208,7 +209,7 @@ class Trainer:
             steps=config.sample_steps,
             cfg_scale=config.sample_cfg_scale if model.null_label is not None else 1.0,
         )
-        images = to_uint8(decode(samples, self.data.autoencoder, self.device))
+        images = to_images(samples.to(self.device), self.data.autoencoder)
         path = self.run / "samples" / f"step-{self.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         names = self.data.class_names[:columns] or [str(label) for label in range(columns)]
@@ -231,6 +232,14 @@ class Trainer:
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []},
             "environment": self._environment(),
         }
+
+    def _check_forward(self) -> None:
+        """Refuse, before the run directory is made, a batch whose parts the model can't take: a capacity under one."""
+        with torch.device("meta"), torch.no_grad():
+            model = create_model(self.config.model, **self.model_overrides).train()
+            part = self.config.batch_size // self.config.accumulation
+            images = torch.empty(part, model.in_channels, model.input_size, model.input_size)
+            model(images, torch.zeros(part), torch.zeros(part, dtype=torch.int64))
 
     def _find_saved(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
         config_file = self.run / CONFIG_FILE

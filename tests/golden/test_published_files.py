@@ -58,7 +58,7 @@ def test_the_command_line_samples_them(under_model, tmp_path) -> None:
     words = ["--checkpoint", str(tmp_path / "checkpoint-last.pth"), "--official", str(tmp_path / "model.yaml")]
     words += ["--output", str(tmp_path / "out"), "--num-samples", "6", "--steps", "2"]
     samples = {}
-    for weights in ("ema", "ema2", "model"):
+    for weights in ("ema", "ema2", "model"):  # "ema" is what is taken where nothing is said
         for batch in ("8", "3"):
             assert main([*words, "--weights", weights, "--batch", batch]) == 0
             with np.load(tmp_path / "out" / "samples.npz") as archive:
@@ -91,3 +91,15 @@ def test_wrong_requests(tmp_path, capsys, content, more, message) -> None:
 def test_an_objective_belongs_to_official_models(tmp_path, capsys) -> None:
     assert main(["--checkpoint", str(tmp_path), "--objective", "ddpm"]) == 2
     assert "objective must be left out without --official" in capsys.readouterr().err
+
+
+def test_an_average_that_is_not_there_is_not_replaced(tmp_path, capsys) -> None:
+    case = load_case("model_jit_moe")
+    content = {"target": TARGETS["jit"], "params": case.config["ctor"]}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(content))
+    torch.save({"model": case.state_dict}, tmp_path / "file.pth")
+    words = ["--checkpoint", str(tmp_path / "file.pth"), "--official", str(tmp_path / "model.yaml")]
+    words += ["--output", str(tmp_path / "out"), "--num-samples", "2", "--steps", "1"]
+    assert main([*words, "--weights", "ema"]) == 2
+    assert "expected a checkpoint with ema or model_ema1, found model" in capsys.readouterr().err
+    assert main(words) == 0

@@ -161,9 +161,10 @@ def test_noise_learns_from_the_error_and_v_from_the_bound(model):
     assert not of_mse[:, 2:].any() and (prediction.grad[:, 2:] != 0).all()
 
 
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 @pytest.mark.parametrize("steps", [1, 2, 50, 250])
 @pytest.mark.parametrize("method", ["ancestral", "ddim"])
-def test_samples_match_an_independent_scheduler(model, method, steps):
+def test_samples_match_an_independent_scheduler(model, method, steps, cfg_scale):
     diffusers = pytest.importorskip("diffusers")
     settings = {"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False, "timestep_spacing": "linspace"}
     if method == "ancestral":
@@ -176,7 +177,7 @@ def test_samples_match_an_independent_scheduler(model, method, steps):
         scheduler.set_timesteps(timesteps=times)
     (noise, labels), generator = batch(), torch.Generator().manual_seed(1)
     ours = OBJECTIVE.sample(
-        model, noise, labels, method=method, steps=steps,
+        model, noise, labels, method=method, steps=steps, cfg_scale=cfg_scale,
         step_noise=lambda: torch.randn(noise.shape, generator=generator),
     )  # fmt: skip
     generator.manual_seed(1)
@@ -184,6 +185,9 @@ def test_samples_match_an_independent_scheduler(model, method, steps):
     with torch.no_grad():
         for index, time in enumerate(times):
             output = model(z, torch.full((3,), time), labels)
+            null = model(z, torch.full((3,), time), torch.full((3,), 10))[:, :2]
+            guided = null + cfg_scale * (output[:, :2] - null)
+            output = torch.cat([guided, output[:, 2:]], dim=1)  # the variance is the conditional one
             if method == "ancestral":
                 z = scheduler.step(output, time, z, generator=generator).prev_sample
             else:
@@ -196,7 +200,7 @@ def test_samples_match_an_independent_scheduler(model, method, steps):
 def test_the_model_sees_the_training_steps_from_last_to_first():
     model = GaussianModel(evenly_spaced(4)).eval()
     OBJECTIVE.sample(model, torch.randn(2, 1, 4, 4), torch.tensor([1, 2]), steps=4)
-    assert [t.tolist() for t in model.seen] == [[999] * 2, [666] * 2, [333] * 2, [0] * 2]
+    assert [t.tolist() for t in model.seen] == [[999] * 16, [666] * 16, [333] * 16, [0] * 16]
     assert all(t.dtype == torch.int64 for t in model.seen)
 
 
@@ -234,8 +238,9 @@ def test_training_times_are_all_steps():
 @pytest.mark.parametrize(
     ("t", "error", "message"),
     [
-        ([0.0, 0.5, 1.0], TypeError, "t must be integers, got torch.float32"),
-        ([True, False, True], TypeError, "t must be integers, got torch.bool"),
+        ([0.0, 0.5, 1.0], TypeError, "t must be integers .*, got torch.float32"),
+        ([True, False, True], TypeError, "t must be integers .*, got torch.bool"),
+        (torch.tensor([1, 2, 3], dtype=torch.uint8), TypeError, "t must be integers .*, got torch.uint8"),
         ([0, 5, 1000], ValueError, r"t must be in \[0, 999\].*got \[1000\]"),
         ([0, -1, 3], ValueError, r"t must be in \[0, 999\].*got \[-1\]"),
         ([0, 1], ValueError, "one entry per sample"),
@@ -244,14 +249,23 @@ def test_training_times_are_all_steps():
 def test_loss_refuses_times(model, t, error, message):
     x, labels = batch()
     with pytest.raises(error, match=message):
-        OBJECTIVE.loss(model, x, labels, t=torch.tensor(t))
+        OBJECTIVE.loss(model, x, labels, t=torch.as_tensor(t))
+
+
+def test_loss_refuses_a_list_of_times_and_a_model_without_sigma(model):
+    x, labels = batch()
+    with pytest.raises(TypeError, match="t must be a tensor of times, got list"):
+        OBJECTIVE.loss(model, x, labels, t=[0, 1, 2])
+    with pytest.raises(ValueError, match="build it with learn_sigma=True"):
+        OBJECTIVE.loss(create_model("DiT-digits"), torch.randn(3, 1, 8, 8), labels)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"steps": 1001}, "steps must be at most 1000"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps must be a whole number, at least 1, got 0"),
+        ({"steps": 2.5}, "steps must be a whole number, at least 1, got 2.5"),
         ({"method": "heun"}, "method must be 'ancestral' or 'ddim', got 'heun'"),
         ({"labels": torch.tensor([0, 1, 11])}, r"labels must be in \[0, 9\]"),
     ],
@@ -268,8 +282,11 @@ def test_a_model_without_sigma_is_refused():
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="guided_channels must be at least 1"):
-        DDPM(guided_channels=0)
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match="guided_channels must be at least 1"):
+            DDPM(guided_channels=wrong)
+    with torch.device("meta"), pytest.raises(ValueError, match="guided_channels must be at most 1, .* got 7"):
+        objective_for(create_model("DiT-digits", learn_sigma=True), "ddpm", guided_channels=7)
 
 
 @pytest.mark.parametrize("name", ["DiT-digits", "DiffMoE-digits"])

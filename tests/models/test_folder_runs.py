@@ -67,6 +67,7 @@ def config(kind, output, request, **options) -> TrainConfig:
         options |= {"autoencoder": request.getfixturevalue("vae"), "objective": "ddpm"}
     else:
         options |= {"model": "DiT-digits", "model_options": DIT, "data": str(request.getfixturevalue("latents"))}
+        options |= {"image_size": None}
     return TrainConfig(output=str(output), **{**QUICK, **options})
 
 
@@ -134,7 +135,8 @@ def test_an_unreadable_image_stops_the_run_by_its_name(images, tmp_path, capsys,
     ("change", "message"),
     [
         ({"data": "missing/folder"}, "missing/folder does not exist"),
-        ({"data": "digits", "autoencoder": "x"}, "autoencoder must be left out for 'digits'"),
+        ({"data": "digits", "image_size": None, "autoencoder": "x"}, "autoencoder must be left out for 'digits'"),
+        ({"data": "digits"}, "image_size must be left out for 'digits', which has its own, got 16"),
         ({"image_size": 15}, "input_size: expected a multiple of patch_size = 8, got 15"),
         ({"image_size": 0}, "image_size must be at least 1"),
         ({"model_options": {**JIT, "num_classes": 5}}, "has 3: leave num_classes out"),
@@ -173,3 +175,21 @@ def test_latents_without_a_decoder_are_not_sampled(tmp_path, capsys):
     assert sample_main(words) == 0
     with np.load(tmp_path / "o" / "samples.npz") as archive:
         assert archive["arr_0"].shape == (3, 16, 16, 3)
+
+
+def test_encoded_images_have_their_size(tmp_path, request):
+    with pytest.raises(ValueError, match="image_size must be left out for .*latents, whose images are encoded, got 32"):
+        Trainer(TrainConfig(**{**config("files", tmp_path / "run", request).__dict__, "image_size": 32}))
+
+
+def test_a_grid_of_many_classes_stays_readable(tmp_path, request):
+    from PIL import Image
+
+    official, weights = tmp_path / "model.yaml", tmp_path / "model.pt"
+    params = {"input_size": 8, "in_channels": 3, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 40}
+    official.write_text(str({"target": "models.models_DiT.DiT", "params": params}))
+    torch.save(official_state_dict(build_official("models.models_DiT.DiT", params)), weights)
+    words = ["--official", str(official), "--checkpoint", str(weights), "--output", str(tmp_path / "out")]
+    assert sample_main([*words, "--num-samples", "120", "--steps", "1"]) == 0
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert max(grid.size) < 1000

@@ -228,6 +228,11 @@ def test_activation_checkpointing_changes_nothing(name) -> None:
     ("name", "overrides", "error", "message"),
     [
         ("DSMOE-L-E16", {}, ValueError, "did you mean 'DSMoE-L-E16'"),
+        ("DiT-S/2", {"depth": "abc"}, TypeError, "depth: expected int, got 'abc'"),
+        ("DiT-S/2", {"depth": 2.5}, TypeError, "depth: expected int, got 2.5"),
+        ("DiT-S/2", {"learn_sigma": 1}, TypeError, "learn_sigma: expected bool, got 1"),
+        ("DiT-S/2", {"class_dropout_prob": None}, TypeError, "class_dropout_prob: expected float, got None"),
+        ("DiffMoE-S-E16", {"capacity_schedule": [1000]}, ValueError, r"capacity_schedule: .* got \[1000\]"),
         ("resnet50", {}, ValueError, "unknown model 'resnet50'"),
         ("DiT-S/2", {"num_class": 10}, TypeError, "no configuration field 'num_class'"),
         ("DiT-S/2", {"input_size": 31}, ValueError, "input_size: expected a multiple of patch_size = 2, got 31"),

@@ -57,7 +57,7 @@ def test_objective_of_a_model(model, name, expected):
 
 def test_settings_reach_the_objective():
     with torch.device("meta"):
-        jit, sigma = create_model("JiT-digits"), create_model("DiT-digits", learn_sigma=True)
+        jit, sigma = create_model("JiT-digits"), create_model("DiT-S/2")
     settings = {"noise_scale": 2.0, "time_mean": -0.4, "guidance_interval": [0.0, 0.9]}
     assert objective_for(jit, **settings) == JiTFlow(noise_scale=2.0, time_mean=-0.4, guidance_interval=(0.0, 0.9))
     assert objective_for(sigma, "ddpm", guided_channels=3) == DDPM(guided_channels=3)
@@ -74,6 +74,13 @@ def test_settings_reach_the_objective():
         ("jit", {"time_std": -1.0}, "time_std must be at least 0"),
         ("jit", {"guidance_interval": (0.9, 0.1)}, "guidance_interval must be two rising times"),
         ("jit", {"guidance_interval": (0.9,)}, "guidance_interval must be two rising times"),
+        ("jit", {"guidance_interval": (5, 6)}, r"guidance_interval must be two rising times in \[0, 1\]"),
+        ("jit", {"guidance_interval": 0.5}, "guidance_interval must be two rising times"),
+        ("jit", {"guidance_interval": [0.1, None]}, "guidance_interval must be made of finite numbers"),
+        ("jit", {"time_mean": float("nan")}, "time_mean must be made of finite numbers, got nan"),
+        ("flow", {"noise_scale": "big"}, "noise_scale must be made of finite numbers, got 'big'"),
+        ("flow", {"noise_scale": float("inf")}, "noise_scale must be made of finite numbers, got inf"),
+        ("flow", {"rtol": True}, "rtol must be made of finite numbers, got True"),
     ],
 )
 def test_wrong_settings(name, settings, message):

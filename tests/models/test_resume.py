@@ -296,3 +296,23 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path, monkeypatch, conten
     with pytest.raises(CheckpointError, match=rf"{path} .*{message}"):
         load_checkpoint(path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_options_of_another_version_are_told(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(command_line(tiny(run, steps=1))) == 0
+    path = run / "config.yaml"
+    path.write_text(path.read_text() + "new_option: 3\n")
+    assert main(["--resume", "--output", str(run)]) == 2
+    assert "has options that this version does not: new_option" in capsys.readouterr().err
+
+
+def test_an_option_that_a_run_did_not_have_is_its_default(tmp_path):
+    run = tmp_path / "run"
+    Trainer(tiny(run, steps=1)).save()
+    state = load_newest(run)[1]
+    del state["train_config"]["ema_decay2"]
+    save_checkpoint(run, {**state, "step": 2}, keep=1)
+    with pytest.raises(ValueError, match="ema_decay2 is 0.9, but .* was written by a run with None"):
+        Trainer(tiny(run, steps=3, ema_decay2=0.9), resume=True)
+    assert Trainer(tiny(run, steps=3), resume=True).step == 2

@@ -35,6 +35,27 @@ def test_eight_in_one_go_or_in_several(name, cfg_scale):
         assert torch.equal(parts, whole), batch_size
 
 
+OTHER_GEOMETRIES = {
+    "DiT, odd width": ("DiT-digits", {"hidden_size": 72, "num_heads": 4}),
+    "DSMoE, colour": ("DSMoE-digits", {"in_channels": 3, "input_size": 16}),
+    "JiT, colour": ("JiT-digits", {"in_channels": 3, "input_size": 16, "hidden_size": 64, "num_heads": 4}),
+    "DiT-S/2": ("DiT-S/2", {"depth": 1}),
+    "DSMoE-S-E16": ("DSMoE-S-E16", {"depth": 2}),
+    "JiT, large patches": ("JiT-B/16", {"depth": 2, "input_size": 64, "context_start": 1}),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), OTHER_GEOMETRIES.values(), ids=OTHER_GEOMETRIES.keys())
+def test_other_geometries(name, options):
+    torch.manual_seed(0)
+    model, labels = randomize(create_model(name, **options)).eval(), balanced_labels(5, range(10))
+    for cfg_scale in (1.0, 1.5):
+        arguments = {"steps": 1, "method": "euler", "cfg_scale": cfg_scale}
+        whole = sample_images(model, labels, **arguments)
+        for batch_size in (1, 3):
+            assert torch.equal(sample_images(model, labels, batch_size=batch_size, **arguments), whole), batch_size
+
+
 @pytest.mark.parametrize("method", ["ancestral", "ddim"])
 @pytest.mark.parametrize("name", ["DiT", "DiffMoE"])
 def test_ddpm_in_one_go_or_two(name, method):

@@ -287,3 +287,13 @@ def test_the_trainer_follows_a_capacity_schedule(tmp_path, monkeypatch):
     assert seen == [4, 4, 2.5, 1, 1]
     assert layer.expert_threshold.all(), "thresholds moved with every step"
     assert trainer.averages["ema"].module.blocks[1].mlp.expert_threshold.all()
+
+
+def test_a_capacity_under_one_token_is_told_before_the_run_is_made(tmp_path):
+    config = TrainConfig(
+        model="DiffMoE-digits", output=str(tmp_path / "run"), batch_size=3, accumulation=3,
+        model_options={"num_experts": 64},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"int\(16 / 64 \* 1.0\) = 0 tokens, expected at least 1"):
+        Trainer(config)
+    assert not (tmp_path / "run").exists()
