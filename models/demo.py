@@ -1,4 +1,4 @@
-"""Train models on real digits on a CPU, DSMoE and dense DiT by default, sample and score them: `python -m models.demo`."""
+"""Train models on digits on a CPU, by default DSMoE and dense DiT, sample and score them: `python -m models.demo`."""
 
 import dataclasses
 import datetime

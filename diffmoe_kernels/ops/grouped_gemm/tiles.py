@@ -45,7 +45,7 @@ def pick_tile(
     average = num_rows / max(num_groups, 1)
     kind = "few" if average <= FEW else "some" if average <= SOME else "many"
     if dtype == torch.float32:
-        return _FLOAT32["some" if paired and kind == "many" else kind]
+        return _FLOAT32["few" if paired else kind]  # a pair's sums must fit in registers too
     if num_columns % 8 or depth % 8:
         return _UNALIGNED
     tile = (_PAIRED if paired else _PLAIN)[_generation(), kind]
