@@ -119,8 +119,9 @@ def read_image(path: str | Path, image_size: int) -> Tensor:
     """The centre of an image file: uint8 (3, image_size, image_size).
 
     The image is turned as its EXIF orientation says; of an animation it is the first frame. Transparent images are laid
-    on white, as viewers show them, for the colours below the transparency are arbitrary. 16-bit levels are scaled to 8
-    bits. Other colour modes (grey, palette, CMYK) become RGB as Pillow converts them, without colour management.
+    on white, as viewers show them, for the colours below the transparency are arbitrary (but for a transparent colour
+    of a 16-bit RGB PNG, which Pillow drops). 16-bit levels are scaled to 8 bits. Other colour modes (grey, palette,
+    CMYK) become RGB as Pillow converts them, without colour management.
 
     Raises:
         ValueError: the file is missing, damaged, no image, too large for Pillow's guard against decompression bombs, or
@@ -146,9 +147,13 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
         raise ValueError("its pixels are floats (mode F) of unknown range")
     if image.mode.startswith("I"):  # PNG, TIFF and PGM with 16-bit grey levels, on whose high end convert() clips
         levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
+        fixed_range = image.mode != "I" or image.format in ("PNG", "PPM")  # their files say 16 bits
+        if not fixed_range or levels.min() < 0 or levels.max() > 65535:
             raise ValueError("its pixels are 32-bit integers (mode I) of unknown range")
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # rounds 65535 / 257 = 255
+        grey = ((levels + 128) // 257).astype(np.uint8)  # rounds 65535 / 257 = 255
+        if isinstance(image.info.get("transparency"), int):
+            grey[levels == image.info["transparency"]] = 255  # laid on white, as below
+        image = Image.fromarray(grey)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

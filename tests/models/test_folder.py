@@ -184,6 +184,13 @@ def test_a_transparent_colour_of_a_grey_image_is_white(tmp_path):
     assert (image[0] == 77).all() and (image[1:] == 255).all()
 
 
+def test_a_transparent_level_of_a_sixteen_bit_image_is_white(tmp_path):
+    grey = np.full((8, 8), 20000, np.uint16)
+    grey[0], grey[1] = 40000, 20001  # its neighbour is another level
+    image = read(save(tmp_path / "x.png", grey, transparency=20000))
+    assert (image[0] == 156).all() and (image[1] == 78).all() and (image[2:] == 255).all()
+
+
 @pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, name):
     levels = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
@@ -251,7 +258,9 @@ def test_of_an_animation_the_first_frame(tmp_path):
         assert red > 240 and blue < 15, name
 
 
-@pytest.mark.parametrize(("dtype", "top", "message"), [(np.float32, 1.0, "mode F"), (np.int32, 70000, "mode I")])
+@pytest.mark.parametrize(
+    ("dtype", "top", "message"), [(np.float32, 1.0, "mode F"), (np.int32, 200, "mode I"), (np.int32, 70000, "mode I")]
+)
 def test_levels_of_unknown_range_are_refused(tmp_path, dtype, top, message):
     path = save(tmp_path / "x.tif", np.full((8, 8), top, dtype))
     with pytest.raises(ValueError, match=rf"x.tif can't be read .*{message}.*convert"):
