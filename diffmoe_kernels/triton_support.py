@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 
@@ -11,7 +12,9 @@ from torch import Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = HAS_TRITON and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, for tests
+WAVES = 8  # programs a multiprocessor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,6 +34,7 @@ class Tile:
     """One configuration of a matrix product: tile sizes in rows, columns and depth, warps and pipeline stages.
 
     group_m: how many row tiles run before the next column tile, so that operands are still in the L2 cache.
+    descriptors: fetch what needs no gather by tensor descriptors (the bulk copy engine of sm_90 and later).
     """
 
     m: int
@@ -39,11 +43,40 @@ class Tile:
     warps: int
     stages: int
     group_m: int = 8
+    descriptors: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes of it, but for the descriptors."""
+        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP_M": self.group_m}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
 def compute_capability() -> int:
     """10 * major + minor of the device that kernels are compiled for; 80 in the interpreter."""
     return 80 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+
+
+def num_programs(num_tiles: int, like: Tensor) -> int:
+    """How many programs share ``num_tiles`` tiles on a tensor's device: enough that the last ones to end do not count."""
+    return min(num_tiles, WAVES * _multiprocessors(like.device))
+
+
+def describe(*tiles: tuple[Tensor, tuple[int, ...]]) -> list[TensorDescriptor] | None:
+    """Descriptors of tensors and their tiles; None where one's layout has none: inner stride 1, all else 16 bytes."""
+    for tensor, block in tiles:
+        strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+        if tensor.stride(-1) != 1 or any(one % 16 or one == 0 for one in (*strides, tensor.data_ptr() or 16)):
+            return None
+        if max(block) > 256:
+            return None
+    return [TensorDescriptor(tensor, tensor.shape, tensor.stride(), block) for tensor, block in tiles]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; a few in the interpreter, so that a program takes more than one tile."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def input_precision(dtype: torch.dtype) -> str:

@@ -40,7 +40,9 @@ class Compiled:
     shared: bytes of shared memory a block.
     matrix_instructions: how many tensor-core instructions of the chip's kind its code has.
     dtype: of the operands.
-    widest_load: bits of the widest load from global memory.
+    widest_load: bits of the widest load from global memory, of a thread.
+    loads_in_flight: copies to shared memory that may still be under way where the code waits for one.
+    bulk_copies: instructions of the bulk copy engine.
     """
 
     case: str
@@ -51,6 +53,8 @@ class Compiled:
     matrix_instructions: int
     dtype: str
     widest_load: int
+    loads_in_flight: int
+    bulk_copies: int
 
 
 class StubDriver:
@@ -112,7 +116,9 @@ def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
         shared=kernel.metadata.shared,
         matrix_instructions=len(re.findall(TENSOR_CORE[capability], code)),
         dtype=str(dtype).removeprefix("torch."),
-        widest_load=max(widths, default=32),
+        widest_load=max(widths, default=0),
+        loads_in_flight=max((int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", code)), default=0),
+        bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", code)),
     )
 
 

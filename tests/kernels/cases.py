@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.ops.experts._triton import down_backward, up_projection
-from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows, weight_grad
+from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
+from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum, unpermute_backward
 from diffmoe_kernels.ops.router_topk import _triton as router
 from diffmoe_kernels.ops.router_topk import _triton_backward as router_backward

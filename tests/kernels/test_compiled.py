@@ -59,4 +59,15 @@ def test_operands_are_read_16_bytes_at_a_time(compiled, capability):
     rows = [row for row in compiled[capability] if row["kernel"] in (*MATRIX_PRODUCTS, *MOVEMENT)]
     assert len(rows) > 40
     for row in rows:
-        assert row["widest_load"] == 128, row
+        assert row["widest_load"] == 128 or row["bulk_copies"], row
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_products_fetch_ahead(compiled, capability):
+    """While a tile is multiplied the next ones are under way, in the loops with a gather too."""
+    products = [row for row in compiled[capability] if row["kernel"] in MATRIX_PRODUCTS and row["dtype"] != "float32"]
+    for row in products:
+        by_engine = capability >= 90 and row["kernel"] != "_weight_grad_kernel"
+        assert bool(row["bulk_copies"]) == by_engine, row
+        if row["kernel"] != "_rows_kernel" or not by_engine:  # that one needs no other copies
+            assert row["loads_in_flight"] > 0, row

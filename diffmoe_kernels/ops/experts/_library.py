@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.ops.experts._triton import down_backward, up_projection
-from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows, weight_grad
+from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
+from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.permute._triton import gather_sum
 from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import why_not_triton

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows, weight_grad
+from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
+from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.triton_support import why_not_triton
 
 

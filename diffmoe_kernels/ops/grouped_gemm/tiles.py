@@ -3,10 +3,12 @@
 Keyed by the device and by how many rows a group has on average. The tiles for training on sm_90 are those that did best
 when first drafts of two of the products were timed on an H200 (torch 2.11, triton 3.6, 2026-11-20); the others are not
 measured: they fit shared memory, at most 99 KiB below sm_90, so that the smaller chips of that generation take them
-too, and 227 KiB from there on, and spill no registers.
+too, and 227 KiB from there on, and spill no registers. From sm_90 on what needs no gather comes by tensor descriptors.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -16,18 +18,18 @@ FEW, SOME = 32, 128  # rows of an average group, up to which a tile of 32 or 64 
 
 # (least compute capability, kind of rows) -> tile, for 16-bit numbers; of a plain product.
 _PLAIN = {
-    (90, "few"): Tile(64, 128, 64, 4, 4),  # warp-group products have 64 rows at least
-    (90, "some"): Tile(64, 128, 64, 4, 4),
-    (90, "many"): Tile(128, 256, 64, 8, 3),
-    (80, "few"): Tile(32, 128, 64, 4, 3),
-    (80, "some"): Tile(64, 128, 64, 4, 3),
+    (90, "few"): Tile(64, 128, 64, 4, 4, descriptors=True),  # warp-group products have 64 rows at least
+    (90, "some"): Tile(64, 128, 64, 4, 4, descriptors=True),
+    (90, "many"): Tile(128, 256, 64, 8, 3, descriptors=True),
+    (80, "few"): Tile(32, 128, 32, 4, 4),
+    (80, "some"): Tile(64, 128, 32, 4, 4),
     (80, "many"): Tile(128, 128, 64, 8, 3),
 }
 # The same of a product with two columns of weights side by side, gate and up.
 _PAIRED = {
-    (90, "few"): Tile(64, 64, 64, 4, 4),
-    (90, "some"): Tile(64, 64, 64, 4, 4),
-    (90, "many"): Tile(128, 128, 64, 8, 4),
+    (90, "few"): Tile(64, 64, 64, 4, 4, descriptors=True),
+    (90, "some"): Tile(64, 64, 64, 4, 4, descriptors=True),
+    (90, "many"): Tile(128, 128, 64, 8, 4, descriptors=True),
     (80, "few"): Tile(32, 64, 64, 4, 3),
     (80, "some"): Tile(64, 64, 64, 4, 3),
     (80, "many"): Tile(128, 64, 64, 8, 3),
@@ -35,7 +37,7 @@ _PAIRED = {
 _WEIGHT_GRAD = {90: Tile(128, 256, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)}
 _UNALIGNED = Tile(64, 64, 32, 4, 2)  # rows that begin at odd addresses are read number by number
 # IEEE float32 runs without tensor cores: small tiles, whose sums fit in registers.
-_FLOAT32 = {"few": Tile(32, 32, 32, 4, 3), "some": Tile(64, 32, 32, 4, 3), "many": Tile(64, 64, 32, 4, 3)}
+_FLOAT32 = {"few": Tile(32, 64, 16, 4, 3), "some": Tile(64, 32, 16, 4, 3), "many": Tile(64, 64, 32, 8, 3)}
 
 
 def pick_tile(
@@ -69,4 +71,4 @@ def _narrowed(tile: Tile, num_columns: int) -> Tile:
     while n >= 128 and num_columns <= n // 2:
         n //= 2
         warps = max(warps // 2, 4)
-    return Tile(tile.m, n, tile.k, warps, tile.stages, tile.group_m)
+    return replace(tile, n=n, warps=warps)

@@ -1,0 +1,145 @@
+"""The weight gradient of grouped products in Triton: each group's sum of outer products, with gathers in its loads.
+
+E groups, R rows divided among them by `group_offsets` (E,), which only the device knows; M and N the matrices' sizes.
+TRITON_DEBUG=1 makes the kernel check on the device that the offsets ascend and stay within the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffmoe_kernels.ops.grouped_gemm.tiles import pick_weight_grad_tile
+from diffmoe_kernels.triton_support import Tile, input_precision
+
+
+# a (R, M) or (T, M) gathered, b (R, N) or (T, N) gathered, gates (R,) -> out (E, M, N), bias_out (E, M)
+@triton.jit
+def _weight_grad_kernel(
+    a,
+    b,
+    token_indices,
+    gates,
+    group_offsets,
+    out,
+    bias_out,
+    num_rows,
+    num_tiles_m,
+    num_tiles_n,
+    size_m: tl.constexpr,
+    size_n: tl.constexpr,
+    stride_a: tl.constexpr,
+    stride_am: tl.constexpr,
+    stride_b: tl.constexpr,
+    stride_bn: tl.constexpr,
+    GATHER_A: tl.constexpr,
+    GATHER_B: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    per_group = num_tiles_m * num_tiles_n
+    group, pid = pid // per_group, pid % per_group
+    first = pid // (GROUP_M * num_tiles_n) * GROUP_M
+    height = tl.minimum(num_tiles_m - first, GROUP_M)
+    within = pid % (GROUP_M * num_tiles_n)
+    tile_m, tile_n = first + within % height, within // height
+
+    begin = tl.load(group_offsets + group - 1, mask=group > 0, other=0)
+    end = tl.load(group_offsets + group)
+    tl.device_assert(begin <= end, "group_offsets must ascend")
+    tl.device_assert(end <= num_rows, "group_offsets must not pass the number of rows")
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bias_total = tl.zeros((BLOCK_M,), tl.float32)
+    rows = begin + tl.arange(0, BLOCK_K)
+    if GATHER_A or GATHER_B:  # a step ahead, so that what they point at is fetched in time
+        tokens = tl.load(token_indices + rows, mask=rows < end, other=0)
+    for start in range(begin, end, BLOCK_K):
+        rows = start + tl.arange(0, BLOCK_K)
+        inside = rows < end
+        source_a = (tokens if GATHER_A else rows).to(tl.int64)
+        source_b = (tokens if GATHER_B else rows).to(tl.int64)
+        a_tile = tl.load(
+            a + source_a[None, :] * stride_a + m[:, None] * stride_am,
+            mask=inside[None, :] & (m < size_m)[:, None],
+            other=0.0,
+        )
+        b_tile = tl.load(
+            b + source_b[:, None] * stride_b + n[None, :] * stride_bn,
+            mask=inside[:, None] & (n < size_n)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
+        if HAS_BIAS:  # every column tile computes it, the first stores it: cheaper than a pass of its own
+            terms = a_tile.to(tl.float32)
+            if HAS_GATES:
+                terms *= tl.load(gates + rows, mask=inside, other=0.0)[None, :]
+            bias_total += tl.sum(terms, 1)
+        if GATHER_A or GATHER_B:
+            tokens = tl.load(token_indices + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0)
+    at = out + group.to(tl.int64) * size_m * size_n + m.to(tl.int64)[:, None] * size_n + n[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(m < size_m)[:, None] & (n < size_n)[None, :])
+    if HAS_BIAS:
+        stores = (m < size_m) & (tile_n == 0)
+        tl.store(bias_out + group * size_m + m, bias_total.to(bias_out.dtype.element_ty), mask=stores)
+
+
+def weight_grad(
+    a: Tensor,
+    b: Tensor,
+    group_offsets: Tensor,
+    *,
+    token_indices: Tensor | None = None,
+    gather: str | None = None,
+    gates: Tensor | None = None,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Per group the sum over its rows of a^T b: (R, M), (R, N) -> (E, M, N) in ``dtype``.
+
+    Args:
+        gather: "a" or "b", whose rows are tokens (T, ...), read through ``token_indices``.
+        gates: (R,), weights of the rows in the bias gradient alone.
+        bias_dtype: also return the sum over rows of a, (E, M) in this dtype.
+        tile: other than the one of `tiles.py`.
+    """
+    num_groups, size_m, size_n = group_offsets.shape[0], a.shape[1], b.shape[1]
+    out = a.new_empty(num_groups, size_m, size_n, dtype=dtype)
+    bias_out = None if bias_dtype is None else a.new_empty(num_groups, size_m, dtype=bias_dtype)
+    if out.numel() == 0:
+        return out, bias_out if bias_out is None else bias_out.zero_()
+    tile = tile or pick_weight_grad_tile(size_m, size_n, a.dtype)
+    tiles_m, tiles_n = triton.cdiv(size_m, tile.m), triton.cdiv(size_n, tile.n)
+    _weight_grad_kernel[(num_groups * tiles_m * tiles_n,)](
+        a,
+        b,
+        group_offsets if token_indices is None else token_indices,
+        a if gates is None else gates,
+        group_offsets,
+        out,
+        out if bias_out is None else bias_out,
+        (a if token_indices is None else token_indices).shape[0],
+        tiles_m,
+        tiles_n,
+        size_m,
+        size_n,
+        *a.stride(),
+        *b.stride(),
+        GATHER_A=gather == "a",
+        GATHER_B=gather == "b",
+        HAS_GATES=gates is not None,
+        HAS_BIAS=bias_out is not None,
+        PRECISION=input_precision(a.dtype),
+        **tile.options,
+    )
+    return out, bias_out

@@ -1,0 +1,159 @@
+"""The grouped products with other tiles than the default: descriptors, several tiles a program, edges of all kinds."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffmoe_kernels import triton_support
+from diffmoe_kernels.testing import assert_close, poisoned_allocations
+from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED, Tile
+
+if not HAS_TRITON:
+    pytest.skip("needs triton", allow_module_level=True)
+from diffmoe_kernels.ops.experts._triton import down_backward, up_projection
+from diffmoe_kernels.ops.experts.reference import activate
+from diffmoe_kernels.ops.grouped_gemm import tiles
+from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
+from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Depth and columns fill no tile; groups of 0, 1, 37 and 20 rows, 12 rows past the last.
+D, I, SIZES, ROWS, T = 40, 72, (0, 1, 37, 0, 20), 70, 29
+TILES = [
+    Tile(32, 32, 32, 4, 2),
+    Tile(32, 32, 32, 4, 2, descriptors=True),
+    Tile(16, 64, 16, 4, 3, group_m=1, descriptors=True),
+]
+each_tile = pytest.mark.parametrize("tile", TILES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def offsets() -> Tensor:
+    return torch.tensor(SIZES, dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
+
+
+def by_group(rows: Tensor, matrices: Tensor) -> Tensor:
+    """(R, K), (E, K, N) -> (valid R, N) in float64."""
+    groups = rows[: sum(SIZES)].double().split(SIZES)
+    return torch.cat([one @ matrix.double() for one, matrix in zip(groups, matrices, strict=True)])
+
+
+def check(actual: Tensor, expected: Tensor) -> None:
+    assert_close(actual[: len(expected)], expected.to(actual.dtype))
+
+
+@each_tile
+@each_dtype
+@pytest.mark.parametrize("k_inner", [False, True])
+def test_rows(k_inner, dtype, tile):
+    x = randn(ROWS, D, dtype=dtype)
+    x[sum(SIZES) :] = torch.nan  # past the last group nothing may reach a result
+    w = randn(len(SIZES), I, D, dtype=dtype).mT if k_inner else randn(len(SIZES), D, I, dtype=dtype)
+    bias = randn(len(SIZES), I, dtype=dtype)
+    with poisoned_allocations():
+        y = multiply_rows(x, w, offsets(), bias=bias, tile=tile)
+    check(y, by_group(x, w) + bias.double().repeat_interleave(torch.tensor(SIZES, device=DEVICE), 0))
+
+
+@each_tile
+@each_dtype
+@pytest.mark.parametrize("activation", ["swiglu", "gelu_tanh"])
+def test_up_projection_and_down_backward(activation, dtype, tile):
+    tokens = torch.randint(T, (ROWS,), dtype=torch.int32).to(DEVICE)
+    gates, group_offsets = torch.rand(ROWS).to(DEVICE), offsets()
+    width = 2 * I if activation == "swiglu" else I
+    x, up, down = (
+        randn(T, D, dtype=dtype),
+        randn(len(SIZES), width, D, dtype=dtype),
+        randn(len(SIZES), D, I, dtype=dtype),
+    )
+    with poisoned_allocations():
+        pre, hidden = up_projection(x, tokens, group_offsets, up, None, activation, keep_pre=True, tile=tile)
+    expected = by_group(x[tokens.long()], up.mT)
+    check(pre, expected)
+    check(hidden, activate(pre[: len(expected)].double(), activation))
+
+    grad = randn(T, D, dtype=dtype)
+    with poisoned_allocations():
+        back = down_backward(grad, tokens, gates, group_offsets, down, None, pre, activation, tile=tile)
+    grad_pre, weighted, grad_gates = back
+    kept = pre[: len(expected)].double().requires_grad_()
+    act = activate(kept, activation)
+    gate = gates[: len(expected)].double()
+    by_act = by_group(grad[tokens.long()], down)
+    check(grad_pre, torch.autograd.grad(act, kept, by_act * gate[:, None])[0])
+    check(weighted, act.detach() * gate[:, None])
+    check(grad_gates, (by_act * act.detach()).sum(1))
+    assert (grad_gates[len(expected) :] == 0).all()
+
+
+@each_tile
+@each_dtype
+def test_weight_grad(dtype, tile):
+    tokens = torch.randint(T, (ROWS,), dtype=torch.int32).to(DEVICE)
+    a, b = randn(ROWS, I, dtype=dtype), randn(T, D, dtype=dtype)
+    a[sum(SIZES) :] = torch.nan
+    with poisoned_allocations():
+        grad, by_bias = weight_grad(
+            a, b, offsets(), token_indices=tokens, gather="b", dtype=torch.float32, bias_dtype=torch.float32, tile=tile
+        )
+    groups = [one.double().split(SIZES) for one in (a[: sum(SIZES)], b[tokens.long()][: sum(SIZES)])]
+    assert_close(grad, torch.stack([one.T @ other for one, other in zip(*groups, strict=True)]).float(), tolerance=1e-5)
+    assert_close(by_bias, torch.stack([one.sum(0) for one in groups[0]]).float(), tolerance=1e-5)
+
+
+@each_dtype
+def test_one_program_takes_every_tile(monkeypatch, dtype):
+    """As on a device with fewer multiprocessors than tiles: the same bits."""
+    x, w, group_offsets = randn(ROWS, D, dtype=dtype), randn(len(SIZES), D, I, dtype=dtype), offsets()
+    several = multiply_rows(x, w, group_offsets, tile=TILES[1])
+    monkeypatch.setattr(sys.modules[multiply_rows.__module__], "num_programs", lambda tiles, like: 1)
+    assert torch.equal(multiply_rows(x, w, group_offsets, tile=TILES[1])[: sum(SIZES)], several[: sum(SIZES)])
+
+
+def test_programs_are_bounded():
+    assert triton_support.num_programs(3, torch.empty(0)) == 3
+    assert triton_support.num_programs(10**9, torch.empty(0, device=DEVICE)) <= 8 * 1024
+
+
+@pytest.mark.parametrize(
+    "tensor, block",
+    [
+        (torch.empty(8, 12, dtype=torch.bfloat16), (8, 8)),  # rows of 24 bytes
+        (torch.empty(8, 16).T, (8, 8)),  # columns inner
+        (torch.empty(8, 1).expand(8, 16)[:, :4], (8, 4)),  # a stride of 0
+        (torch.empty(129)[1:].view(8, 16), (8, 8)),  # begins at 4 bytes
+        (torch.empty(8, 1024), (8, 512)),  # a tile beyond what the copy engine takes
+    ],
+)
+def test_layouts_without_descriptors(tensor, block):
+    assert triton_support.describe((torch.empty(8, 16), (8, 8)), (tensor, block)) is None
+
+
+def test_odd_layouts_take_pointer_loads():
+    """Rows that begin at odd addresses have no descriptors, and the result is right all the same."""
+    x, w = randn(ROWS, 37, dtype=torch.bfloat16), randn(len(SIZES), 37, 51, dtype=torch.bfloat16)
+    check(multiply_rows(x, w, offsets(), tile=TILES[1]), by_group(x, w))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("rows_a_group", [1, 64, 4096])
+def test_default_tiles(monkeypatch, capability, rows_a_group):
+    """Descriptors from sm_90 on, tensor-core shapes, and a tile that is not twice as wide as the columns."""
+    monkeypatch.setattr(tiles, "compute_capability", lambda: capability)
+    for dtype in DTYPES:
+        for columns in (64, 128, 448, 4096):
+            for paired in (False, True):
+                tile = tiles.pick_tile(rows_a_group * 8, 8, columns, 1024, dtype, paired=paired)
+                assert tile.descriptors == (capability >= 90 and dtype != torch.float32)
+                assert tile.n <= 64 or tile.n < 2 * columns
+                assert tile.k >= 16 and tile.m >= (64 if tile.descriptors else 32)
