@@ -58,7 +58,7 @@ def compute_capability() -> int:
 
 
 def num_programs(num_tiles: int, like: Tensor) -> int:
-    """How many programs share ``num_tiles`` tiles on a tensor's device: enough that the last ones to end do not count."""
+    """How many programs share ``num_tiles`` tiles on a tensor's device: enough that the last to end do not count."""
     return min(num_tiles, WAVES * _multiprocessors(like.device))
 
 

@@ -14,7 +14,8 @@ from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED, Tile
 
 if not HAS_TRITON:
     pytest.skip("needs triton", allow_module_level=True)
-from diffmoe_kernels.ops.experts._triton import down_backward, up_projection
+from diffmoe_kernels.ops.experts._triton import up_projection
+from diffmoe_kernels.ops.experts._triton_backward import down_backward
 from diffmoe_kernels.ops.experts.reference import activate
 from diffmoe_kernels.ops.grouped_gemm import tiles
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
@@ -23,7 +24,7 @@ from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Depth and columns fill no tile; groups of 0, 1, 37 and 20 rows, 12 rows past the last.
-D, I, SIZES, ROWS, T = 40, 72, (0, 1, 37, 0, 20), 70, 29
+HIDDEN, INNER, SIZES, ROWS, TOKENS = 40, 72, (0, 1, 37, 0, 20), 70, 29
 TILES = [
     Tile(32, 32, 32, 4, 2),
     Tile(32, 32, 32, 4, 2, descriptors=True),
@@ -55,10 +56,10 @@ def check(actual: Tensor, expected: Tensor) -> None:
 @each_dtype
 @pytest.mark.parametrize("k_inner", [False, True])
 def test_rows(k_inner, dtype, tile):
-    x = randn(ROWS, D, dtype=dtype)
+    x = randn(ROWS, HIDDEN, dtype=dtype)
     x[sum(SIZES) :] = torch.nan  # past the last group nothing may reach a result
-    w = randn(len(SIZES), I, D, dtype=dtype).mT if k_inner else randn(len(SIZES), D, I, dtype=dtype)
-    bias = randn(len(SIZES), I, dtype=dtype)
+    w = randn(len(SIZES), INNER, HIDDEN, dtype=dtype).mT if k_inner else randn(len(SIZES), HIDDEN, INNER, dtype=dtype)
+    bias = randn(len(SIZES), INNER, dtype=dtype)
     with poisoned_allocations():
         y = multiply_rows(x, w, offsets(), bias=bias, tile=tile)
     check(y, by_group(x, w) + bias.double().repeat_interleave(torch.tensor(SIZES, device=DEVICE), 0))
@@ -68,13 +69,13 @@ def test_rows(k_inner, dtype, tile):
 @each_dtype
 @pytest.mark.parametrize("activation", ["swiglu", "gelu_tanh"])
 def test_up_projection_and_down_backward(activation, dtype, tile):
-    tokens = torch.randint(T, (ROWS,), dtype=torch.int32).to(DEVICE)
+    tokens = torch.randint(TOKENS, (ROWS,), dtype=torch.int32).to(DEVICE)
     gates, group_offsets = torch.rand(ROWS).to(DEVICE), offsets()
-    width = 2 * I if activation == "swiglu" else I
+    width = 2 * INNER if activation == "swiglu" else INNER
     x, up, down = (
-        randn(T, D, dtype=dtype),
-        randn(len(SIZES), width, D, dtype=dtype),
-        randn(len(SIZES), D, I, dtype=dtype),
+        randn(TOKENS, HIDDEN, dtype=dtype),
+        randn(len(SIZES), width, HIDDEN, dtype=dtype),
+        randn(len(SIZES), HIDDEN, INNER, dtype=dtype),
     )
     with poisoned_allocations():
         pre, hidden = up_projection(x, tokens, group_offsets, up, None, activation, keep_pre=True, tile=tile)
@@ -82,7 +83,7 @@ def test_up_projection_and_down_backward(activation, dtype, tile):
     check(pre, expected)
     check(hidden, activate(pre[: len(expected)].double(), activation))
 
-    grad = randn(T, D, dtype=dtype)
+    grad = randn(TOKENS, HIDDEN, dtype=dtype)
     with poisoned_allocations():
         back = down_backward(grad, tokens, gates, group_offsets, down, None, pre, activation, tile=tile)
     grad_pre, weighted, grad_gates = back
@@ -99,8 +100,8 @@ def test_up_projection_and_down_backward(activation, dtype, tile):
 @each_tile
 @each_dtype
 def test_weight_grad(dtype, tile):
-    tokens = torch.randint(T, (ROWS,), dtype=torch.int32).to(DEVICE)
-    a, b = randn(ROWS, I, dtype=dtype), randn(T, D, dtype=dtype)
+    tokens = torch.randint(TOKENS, (ROWS,), dtype=torch.int32).to(DEVICE)
+    a, b = randn(ROWS, INNER, dtype=dtype), randn(TOKENS, HIDDEN, dtype=dtype)
     a[sum(SIZES) :] = torch.nan
     with poisoned_allocations():
         grad, by_bias = weight_grad(
@@ -114,7 +115,7 @@ def test_weight_grad(dtype, tile):
 @each_dtype
 def test_one_program_takes_every_tile(monkeypatch, dtype):
     """As on a device with fewer multiprocessors than tiles: the same bits."""
-    x, w, group_offsets = randn(ROWS, D, dtype=dtype), randn(len(SIZES), D, I, dtype=dtype), offsets()
+    x, w, group_offsets = randn(ROWS, HIDDEN, dtype=dtype), randn(len(SIZES), HIDDEN, INNER, dtype=dtype), offsets()
     several = multiply_rows(x, w, group_offsets, tile=TILES[1])
     monkeypatch.setattr(sys.modules[multiply_rows.__module__], "num_programs", lambda tiles, like: 1)
     assert torch.equal(multiply_rows(x, w, group_offsets, tile=TILES[1])[: sum(SIZES)], several[: sum(SIZES)])

@@ -9,8 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from diffmoe_kernels import ExpertChoiceMoE, MoE, Routing, ops
 from diffmoe_kernels.testing import assert_close, random_topk
 from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED
+from tests.ops.on_kernels import ON_KERNELS, experts
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+each_backend = pytest.mark.parametrize("backend", ["triton", ON_KERNELS])
 NUM_TOKENS, NUM_EXPERTS, TOP_K, HIDDEN, INNER = 21, 4, 2, 16, 24
 
 
@@ -52,14 +54,15 @@ def test_opcheck_of_movement():
 
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_opcheck_of_experts(bias, master):
+@pytest.mark.parametrize("products", ["triton", "grouped_mm"])
+def test_opcheck_of_experts(products, bias, master):
     routing = routing_of("balanced", requires_grad=False)
     weights = parameters(master, bias)
     masters = [weights.get(name) for name in ("up_proj", "down_proj", "up_bias", "down_bias")]
     cast = [None if one is None else one.detach().bfloat16() for one in masters]
     residual = torch.randn(NUM_TOKENS, HIDDEN, requires_grad=True)
     gates = routing.gates.clone().requires_grad_()
-    arguments = (tokens(torch.bfloat16), gates, *masters, residual, *maps(routing), *cast, "swiglu", True)
+    arguments = (tokens(torch.bfloat16), gates, *masters, residual, *maps(routing), *cast, "swiglu", True, products)
     opcheck("experts", arguments)
 
 
@@ -94,25 +97,27 @@ def test_layers_compile_to_one_graph(layer):
             assert_close(results[1][name], expected, tolerance=1e-5, name=name)
 
 
-def run(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+def run(backend: str, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     torch.manual_seed(0)
     routing, x, weights = routing_of(), tokens(dtype), parameters()
-    y = ops.experts(x, routing, **weights, backend="triton")
+    y = experts(x, routing, **weights, backend=backend)
     return [y, *torch.autograd.grad(y.float().square().sum(), [x, *weights.values()])]
 
 
-def test_two_runs_have_the_same_bits():
-    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+@each_backend
+def test_two_runs_have_the_same_bits(backend):
+    assert all(torch.equal(one, other) for one, other in zip(run(backend), run(backend), strict=True))
 
 
+@each_backend
 @pytest.mark.parametrize("kind", ["bfloat16 weights", "float32 masters"])
-def test_what_is_kept_for_the_backward(kind):
+def test_what_is_kept_for_the_backward(kind, backend):
     """The input, the pre-activation and the routing; of float32 masters their copies in the input's dtype."""
     dtype = torch.bfloat16 if kind == "bfloat16 weights" else torch.float32
     routing, x, weights = routing_of("balanced"), tokens(torch.bfloat16), parameters(dtype, bias=False)
     kept: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-        ops.experts(x, routing, **weights, backend="triton")
+        experts(x, routing, **weights, backend=backend)
     own = {t.data_ptr() for t in (x, routing.gates, *maps(routing), *weights.values())}
     rows = NUM_TOKENS * TOP_K
     shapes = [(tuple(t.shape), t.dtype) for pointer, t in kept.items() if pointer not in own]
@@ -122,56 +127,63 @@ def test_what_is_kept_for_the_backward(kind):
     assert sorted(shapes, key=str) == sorted(expected, key=str)
 
 
-def test_nothing_is_kept_where_nothing_needs_a_gradient(monkeypatch):
+@each_backend
+def test_nothing_is_kept_where_nothing_needs_a_gradient(monkeypatch, backend):
     library = pytest.importorskip("diffmoe_kernels.ops.experts._library")
-    asked = []
-    inner = library.up_projection
+    kept = []
+    products = {"triton": "triton", ON_KERNELS: "grouped_mm"}[backend]
+    forward, backward = library.PRODUCTS[products]
 
-    def spy(*args, keep_pre, **kw):
-        asked.append(keep_pre)
-        return inner(*args, keep_pre=keep_pre, **kw)
+    def spy(*args):
+        rows, pre = forward(*args)
+        kept.append(pre.shape[0])
+        return rows, pre
 
-    monkeypatch.setattr(library, "up_projection", spy)
+    monkeypatch.setitem(library.PRODUCTS, products, (spy, backward))
     routing, x, weights = routing_of(), tokens(), parameters()
-    ops.experts(x, routing, **weights, backend="triton")
+    experts(x, routing, **weights, backend=backend)
     with torch.no_grad():
-        ops.experts(x, routing, **weights, backend="triton")
+        experts(x, routing, **weights, backend=backend)
     frozen = {name: weight.detach() for name, weight in weights.items()}
-    ops.experts(x.detach(), routing_of(requires_grad=False), **frozen, backend="triton")
-    assert asked == [True, False, False]
+    experts(x.detach(), routing_of(requires_grad=False), **frozen, backend=backend)
+    assert kept == [NUM_TOKENS * TOP_K, 0, 0]
 
 
-def test_gradients_asked_for_one_by_one():
+@each_backend
+def test_gradients_asked_for_one_by_one(backend):
     routing, x, weights = routing_of(), tokens(), parameters()
-    y = ops.experts(x, routing, **weights, backend="triton")
+    y = experts(x, routing, **weights, backend=backend)
     inputs = {"x": x, **weights}
     together = dict(zip(inputs, torch.autograd.grad(y.sum(), list(inputs.values()), retain_graph=True), strict=True))
     for name in inputs:
         frozen = {key: value if key == name else value.detach() for key, value in inputs.items()}
-        y = ops.experts(frozen.pop("x"), routing, **frozen, backend="triton")
+        y = experts(frozen.pop("x"), routing, **frozen, backend=backend)
         assert torch.equal(torch.autograd.grad(y.sum(), inputs[name])[0], together[name]), name
 
 
-def test_recomputed_forward_gives_the_same():
+@each_backend
+def test_recomputed_forward_gives_the_same(backend):
     routing, weights = routing_of(), parameters()
     results = []
     for wrap in (lambda function, x: function(x), lambda function, x: checkpoint(function, x, use_reentrant=False)):
         torch.manual_seed(1)
         x = tokens()
-        y = wrap(lambda x: ops.experts(x, routing, **weights, backend="triton"), x)
+        y = wrap(lambda x: experts(x, routing, **weights, backend=backend), x)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *weights.values()], retain_graph=True)])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_a_second_derivative_is_refused():
+@each_backend
+def test_a_second_derivative_is_refused(backend):
     routing, x, weights = routing_of(), tokens(), parameters()
-    y = ops.experts(x, routing, **weights, backend="triton")
+    y = experts(x, routing, **weights, backend=backend)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered|does not require grad"):
         torch.autograd.grad(grad.sum(), x)
 
 
-def test_rows_past_the_last_group_are_never_read():
+@each_backend
+def test_rows_past_the_last_group_are_never_read(backend):
     """Expert choice at inference has a bound of rows; past the count the record is 0 and the memory poison."""
     tokens_of = torch.tensor([[0, 3, 0], [1, 0, 0], [0, 0, 0]])
     gates = torch.full((3, 3), 0.5)
@@ -179,8 +191,8 @@ def test_rows_past_the_last_group_are_never_read():
     assert routing.num_rows == 9 and routing.group_offsets.tolist() == [2, 3, 3]
     x = torch.randn(5, HIDDEN)
     weights = {name: value[:3].detach() for name, value in parameters().items()}
-    expected = ops.experts(x, routing, **weights, backend="reference")
-    assert_close(ops.experts(x, routing, **weights, backend="triton"), expected, tolerance=1e-6)
+    expected = experts(x, routing, **weights, backend="reference")
+    assert_close(experts(x, routing, **weights, backend=backend), expected, tolerance=1e-6)
     assert not expected[[2, 4]].any()
 
 

@@ -91,6 +91,9 @@ _IMPLEMENTATIONS = {
     "reference": Implementation(experts_reference),
 }
 if HAS_TRITON:
+    from functools import partial
+
     from diffmoe_kernels.ops.experts import _library
 
-    _IMPLEMENTATIONS["triton"] = Implementation(_library.experts_triton, _library.why_not, automatic=False)
+    _TRITON = partial(_library.experts_on_kernels, products="triton")
+    _IMPLEMENTATIONS["triton"] = Implementation(_TRITON, _library.why_not, automatic=False)

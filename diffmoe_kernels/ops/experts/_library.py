@@ -1,16 +1,20 @@
-"""`experts` on the Triton kernels as one torch operator, which promises what is kept for the backward."""
+"""`experts` on this project's kernels as one torch operator, which promises what is kept for the backward."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.ops.experts._triton import down_backward, up_projection
-from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
-from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
+from diffmoe_kernels.ops.experts import _grouped_mm, _triton, _triton_backward
 from diffmoe_kernels.ops.permute._triton import gather_sum
 from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import why_not_triton
+
+# Who multiplies: (T, D) -> rows (R, D) and the pre-activation, and the way back.
+PRODUCTS = {
+    "triton": (_triton.forward, _triton_backward.backward),
+    "grouped_mm": (_grouped_mm.forward, _grouped_mm.backward),
+}
 
 
 @torch.library.custom_op("diffmoe_kernels::experts", mutates_args=())
@@ -32,20 +36,21 @@ def _experts(
     down_bias: Tensor | None,
     activation: str,
     keep_pre: bool,
+    products: str,
 ) -> tuple[Tensor, Tensor]:
     """(T, D) and weights -> (T, D), and the pre-activation (R, U), empty unless it is kept.
 
     The masters are what gradients go to; up, down and the biases are the same in x's dtype.
     """
-    pre, hidden = up_projection(x, token_indices, group_offsets, up, up_bias, activation, keep_pre=keep_pre)
-    rows = multiply_rows(hidden, down.mT, group_offsets, bias=down_bias)
+    forward, _ = PRODUCTS[products]
+    rows, pre = forward(x, token_indices, group_offsets, up, down, up_bias, down_bias, activation, keep_pre)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return gather_sum(rows, gates, token_offsets, token_rows, residual, dtype), pre
 
 
 @_experts.register_fake
 def _(x, gates, up_master, down_master, up_bias_master, down_bias_master, residual, token_indices, *_):
-    keep_pre = _[-1]
+    keep_pre = _[-2]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     pre = x.new_empty(token_indices.shape[0] if keep_pre else 0, up_master.shape[1])
     return x.new_empty(x.shape, dtype=dtype), pre
@@ -69,29 +74,34 @@ def _experts_backward(
     needs_weights: bool,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
+    products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients by x, gates, up, down and their biases; empty where not asked for or not there."""
-    grad = grad.to(x.dtype).contiguous()
-    grad_pre, weighted, grad_gates = down_backward(
-        grad, token_indices, gates, group_offsets, down, down_bias, pre, activation
+    _, backward = PRODUCTS[products]
+    grads = backward(
+        grad.to(x.dtype).contiguous(),
+        x,
+        gates,
+        token_indices,
+        group_offsets,
+        token_offsets,
+        token_rows,
+        up,
+        down,
+        down_bias,
+        pre,
+        activation,
+        needs_x,
+        needs_weights,
+        weight_dtype,
+        bias_dtype,
     )
-    empty = grad.new_empty(0)
-    grad_x = (
-        gather_sum(multiply_rows(grad_pre, up, group_offsets), None, token_offsets, token_rows) if needs_x else empty
-    )
-    if not needs_weights:
-        return grad_x, grad_gates, empty.clone(), empty.clone(), empty.clone(), empty.clone()
-    kinds = {"token_indices": token_indices, "dtype": weight_dtype, "bias_dtype": bias_dtype}
-    grad_up, grad_up_bias = weight_grad(grad_pre, x, group_offsets, gather="b", **kinds)
-    grad_down, grad_down_bias = weight_grad(grad, weighted, group_offsets, gather="a", gates=gates, **kinds)
-    if bias_dtype is None:
-        grad_up_bias, grad_down_bias = empty.clone(), empty.clone()
-    return grad_x, grad_gates, grad_up, grad_down, grad_up_bias, grad_down_bias
+    return tuple(x.new_empty(0) if one is None else one for one in grads)
 
 
 @_experts_backward.register_fake
 def _(grad, x, gates, token_indices, group_offsets, token_offsets, token_rows, up, down, down_bias, pre, activation,
-      needs_x, needs_weights, weight_dtype, bias_dtype):  # fmt: skip
+      needs_x, needs_weights, weight_dtype, bias_dtype, products):  # fmt: skip
     def like(tensor, dtype, wanted):
         return tensor.new_empty(tensor.shape if wanted else (0,), dtype=dtype if wanted else x.dtype)
 
@@ -108,10 +118,10 @@ def _(grad, x, gates, token_indices, group_offsets, token_offsets, token_rows, u
 
 def _save(ctx, inputs, output):
     x, gates, up_master, _, up_bias_master, down_bias_master, residual, *maps = inputs[:11]
-    up, down, _, down_bias, activation, _ = inputs[11:]
+    up, down, _, down_bias, activation, _, products = inputs[11:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.activation, ctx.weight_dtype = activation, up_master.dtype
+    ctx.activation, ctx.products, ctx.weight_dtype = activation, products, up_master.dtype
     ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (up_bias_master, down_bias_master)]
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, gates, *maps, up, down, down_bias, output[1])
@@ -119,23 +129,23 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 17
+        return (None,) * 18
     needs = ctx.needs_input_grad
     *tensors, pre = ctx.saved_tensors
     needs_weights = any(needs[2:6])
     bias_dtype = next((dtype for dtype in ctx.bias_dtypes if dtype is not None), None)
     grad_residual = grad.to(ctx.residual_dtype) if needs[6] else None
     if not any(needs[:6]):
-        return *(None,) * 6, grad_residual, *(None,) * 10
-    arguments = (ctx.activation, needs[0], needs_weights, ctx.weight_dtype, bias_dtype)
+        return *(None,) * 6, grad_residual, *(None,) * 11
+    arguments = (ctx.activation, needs[0], needs_weights, ctx.weight_dtype, bias_dtype, ctx.products)
     grads = _experts_backward(grad, *tensors, pre, *arguments)
-    return *(one if need else None for one, need in zip(grads, needs[:6], strict=True)), grad_residual, *(None,) * 10
+    return *(one if need else None for one, need in zip(grads, needs[:6], strict=True)), grad_residual, *(None,) * 11
 
 
 _experts.register_autograd(_backward, setup_context=_save)
 
 
-def experts_triton(
+def experts_on_kernels(
     x: Tensor,
     routing: Routing,
     up_proj: Tensor,
@@ -146,7 +156,9 @@ def experts_triton(
     activation: str,
     dropout: float,
     residual: Tensor | None,
+    products: str,
 ) -> Tensor:
+    """`experts` with the products of ``PRODUCTS[products]``."""
     masters = up_proj, down_proj, up_bias, down_bias
     inputs = (x, routing.gates, *masters, residual)
     keeps = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs[:6])
@@ -163,6 +175,7 @@ def experts_triton(
         *cast,
         activation,
         keeps,
+        products,
     )
     return y
 

@@ -1,16 +1,32 @@
-"""`experts` on `torch.nn.functional.grouped_mm`: no host sync."""
+"""`experts` on `torch.nn.functional.grouped_mm`: no host sync.
+
+Where Triton's kernels run they gather, activate and combine, as one operator that keeps what the kernels of
+`_triton.py` keep; elsewhere PyTorch does.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from diffmoe_kernels.ops.experts.reference import experts_reference
 from diffmoe_kernels.ops.grouped_gemm._torch import multiply_rows, why_not_sizes
 from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.triton_support import HAS_TRITON
 
-experts_torch = partial(experts_reference, gemm=multiply_rows)
+
+def experts_torch(x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor, **options: Any) -> Tensor:
+    if takes_kernels(x, **options):
+        from diffmoe_kernels.ops.experts._library import experts_on_kernels
+
+        return experts_on_kernels(x, routing, up_proj, down_proj, products="grouped_mm", **options)
+    return experts_reference(x, routing, up_proj, down_proj, gemm=multiply_rows, **options)
+
+
+def takes_kernels(x: Tensor, *, dropout: float, up_bias: Tensor | None, down_bias: Tensor | None, **_: Any) -> bool:
+    """Whether the kernels between the products can run."""
+    return HAS_TRITON and x.is_cuda and not dropout and (up_bias is None) == (down_bias is None)
 
 
 def why_not(x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor, **_: object) -> str | None:

@@ -1,8 +1,8 @@
 """Grouped matrix products in Triton: rows by their group's matrix.
 
-E groups, R rows divided among them by `group_offsets` (E,), which only the device knows. K depth, N columns. A program
-takes every n-th of the tiles that there truly are, n the number of programs: a grid of no more than the most tiles there
-could be, and no more than keep the device busy, so that a bound on R that is far too high costs nothing.
+E groups, R rows divided among them by `group_offsets` (E,), which only the device knows. K depth, N columns. Of n
+programs each takes every n-th of the tiles that there truly are. Their number is at most what keeps the device busy, so
+that a bound on R that is far too high costs nothing.
 TRITON_DEBUG=1 makes the kernels check on the device that the offsets ascend and stay within the rows.
 """
 

@@ -1,0 +1,258 @@
+"""`experts` with the products of `torch.nn.functional.grouped_mm`, and Triton for what lies between them.
+
+T tokens, R rows, E experts, D hidden size, I intermediate size, U = 2I for "swiglu" and I for the others. Keeps for the
+backward what the kernels of `_triton.py` keep. Gathered rows are made where a product reads them, and dropped after it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffmoe_kernels.ops.experts._triton import activated
+from diffmoe_kernels.ops.experts._triton_backward import activation_backward
+from diffmoe_kernels.ops.permute._triton import gather, gather_sum
+from diffmoe_kernels.triton_support import next_power_of_2
+
+COLUMNS = 512  # of a step of a program
+ELEMENTS = 4096  # of a tile
+
+
+# group_offsets (E,), rows (BLOCK_R,) -> each row's group, E past the last
+@triton.jit
+def _groups_of(group_offsets, rows, num_groups, GROUPS: tl.constexpr):
+    group = tl.arange(0, GROUPS)
+    ends = tl.load(group_offsets + group, mask=group < num_groups, other=2147483647)
+    return tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
+
+
+# pre (R, U) or (R, N), bias (E, U) or (E, N), group_offsets (E,) -> pre with the bias, hidden (R, I)
+@triton.jit
+def _epilogue_kernel(
+    pre,
+    bias,
+    group_offsets,
+    hidden,
+    num_groups,
+    width: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    up_width: tl.constexpr = 2 * width if GATED else width
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (rows < tl.load(group_offsets + num_groups - 1))[:, None] & (columns < width)[None, :]
+    at = rows.to(tl.int64)[:, None] * up_width + columns[None, :]
+    kept = tl.load(pre + at, mask=mask, other=0.0)
+    if GATED:
+        value = tl.load(pre + at + width, mask=mask, other=0.0)
+    if HAS_BIAS:
+        group = _groups_of(group_offsets, rows, num_groups, GROUPS)
+        bias_at = bias + group[:, None] * up_width + columns[None, :]
+        kept = (kept.to(tl.float32) + tl.load(bias_at, mask=mask, other=0.0).to(tl.float32)).to(pre.dtype.element_ty)
+        tl.store(pre + at, kept, mask=mask)
+        if GATED:
+            other = tl.load(bias_at + width, mask=mask, other=0.0).to(tl.float32)
+            value = (value.to(tl.float32) + other).to(pre.dtype.element_ty)
+            tl.store(pre + at + width, value, mask=mask)
+    if ACTIVATION != "none":
+        result = activated(kept.to(tl.float32), ACTIVATION)
+        if GATED:
+            result *= value.to(tl.float32)
+        at = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        tl.store(hidden + at, result.to(hidden.dtype.element_ty), mask=mask)
+
+
+# grad_hidden (R, I) before the gate, gates (R,), pre (R, U), grad_rows (R, D), bias (E, D), group_offsets (E,)
+# -> grad_pre (R, U), weighted (R, I), grad_gates (R,)
+@triton.jit
+def _activation_backward_kernel(
+    grad_hidden,
+    gates,
+    pre,
+    grad_rows,
+    bias,
+    group_offsets,
+    grad_pre,
+    weighted,
+    grad_gates,
+    num_rows,
+    num_groups,
+    width: tl.constexpr,
+    hidden_size: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    end = tl.load(group_offsets + num_groups - 1)
+    valid = rows < end
+    gate = tl.load(gates + rows, mask=valid, other=0.0)
+    by_gate = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, width, BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
+        at = grad_hidden + rows.to(tl.int64)[:, None] * width + columns[None, :]
+        grad = tl.load(at, mask=valid[:, None] & (columns < width)[None, :], other=0.0).to(tl.float32)
+        by_gate += activation_backward(grad, gate, rows, end, columns, pre, grad_pre, weighted, width, ACTIVATION)
+    if HAS_BIAS:
+        group = _groups_of(group_offsets, rows, num_groups, GROUPS)
+        for start in range(0, hidden_size, BLOCK_C):
+            columns = start + tl.arange(0, BLOCK_C)
+            mask = valid[:, None] & (columns < hidden_size)[None, :]
+            at = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
+            grad = tl.load(grad_rows + at, mask=mask, other=0.0).to(tl.float32)
+            added = tl.load(bias + group[:, None] * hidden_size + columns[None, :], mask=mask, other=0.0)
+            by_gate += tl.sum(grad * added.to(tl.float32), 1)
+    tl.store(grad_gates + rows, by_gate, mask=rows < num_rows)
+
+
+# rows (R, N), gates (R,), group_offsets (E,) -> out (E, N)
+@triton.jit
+def _sum_rows_kernel(
+    rows,
+    gates,
+    group_offsets,
+    out,
+    num_columns: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    group = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin = tl.load(group_offsets + group - 1, mask=group > 0, other=0)
+    end = tl.load(group_offsets + group)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(begin, end, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        mask = (row < end)[:, None] & (columns < num_columns)[None, :]
+        values = tl.load(rows + row.to(tl.int64)[:, None] * num_columns + columns[None, :], mask=mask, other=0.0)
+        values = values.to(tl.float32)
+        if HAS_GATES:
+            values *= tl.load(gates + row, mask=row < end, other=0.0)[:, None]
+        total += tl.sum(values, 0)
+    tl.store(out + group * num_columns + columns, total.to(out.dtype.element_ty), mask=columns < num_columns)
+
+
+def _epilogue(
+    pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: Tensor | None, activation: str
+) -> None:
+    num_groups, width = group_offsets.shape[0], (pre if hidden is None else hidden).shape[1]
+    block_c = min(next_power_of_2(width), COLUMNS)
+    grid = (triton.cdiv(pre.shape[0], ELEMENTS // block_c), triton.cdiv(width, block_c))
+    _epilogue_kernel[grid](
+        pre,
+        pre if bias is None else bias,
+        group_offsets,
+        pre if hidden is None else hidden,
+        num_groups,
+        width,
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        GROUPS=next_power_of_2(num_groups),
+        BLOCK_R=ELEMENTS // block_c,
+        BLOCK_C=block_c,
+    )
+
+
+def _sum_rows(rows: Tensor, gates: Tensor | None, group_offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, N) -> (E, N): each group's sum of its rows, weighted with the gates."""
+    num_groups, num_columns = group_offsets.shape[0], rows.shape[1]
+    out = rows.new_empty(num_groups, num_columns, dtype=dtype)
+    _sum_rows_kernel[(num_groups, triton.cdiv(num_columns, 64))](
+        rows, rows if gates is None else gates, group_offsets, out, num_columns, gates is not None, 64, 64
+    )
+    return out
+
+
+def forward(
+    x: Tensor,
+    token_indices: Tensor,
+    group_offsets: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    """(T, D) -> rows (R, D) and the pre-activation (R, U), or (0, U) where it is not kept; neither is written past
+    the last group."""
+    pre = F.grouped_mm(gather(x, token_indices, group_offsets), up.mT, offs=group_offsets)
+    hidden = pre.new_empty(pre.shape[0], down.shape[2])
+    _epilogue(pre, up_bias, group_offsets, hidden, activation)
+    rows = F.grouped_mm(hidden, down.mT, offs=group_offsets)
+    if down_bias is not None:
+        _epilogue(rows, down_bias, group_offsets, None, "none")
+    return rows, pre if keep_pre else pre.new_empty(0, pre.shape[1])
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    token_indices: Tensor,
+    group_offsets: Tensor,
+    token_offsets: Tensor,
+    token_rows: Tensor,
+    up: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    pre: Tensor,
+    activation: str,
+    needs_x: bool,
+    needs_weights: bool,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    """grad (T, D) -> gradients by x, gates, up, down and their biases; None where not asked for."""
+    grad_rows = gather(grad, token_indices, group_offsets)
+    grad_hidden = F.grouped_mm(grad_rows, down, offs=group_offsets)
+    grad_pre, weighted, grad_gates = torch.empty_like(pre), torch.empty_like(grad_hidden), torch.empty_like(gates)
+    num_groups, hidden_size, width = down.shape
+    block_c = min(next_power_of_2(width), COLUMNS)
+    block_r = ELEMENTS // block_c
+    _activation_backward_kernel[(triton.cdiv(pre.shape[0], block_r),)](
+        grad_hidden,
+        gates,
+        pre,
+        grad_rows,
+        pre if down_bias is None else down_bias,
+        group_offsets,
+        grad_pre,
+        weighted,
+        grad_gates,
+        pre.shape[0],
+        num_groups,
+        width,
+        hidden_size,
+        ACTIVATION=activation,
+        HAS_BIAS=down_bias is not None,
+        GROUPS=next_power_of_2(num_groups),
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+    )
+    del grad_hidden
+    grad_x = None
+    if needs_x:
+        grad_x = gather_sum(F.grouped_mm(grad_pre, up, offs=group_offsets), None, token_offsets, token_rows)
+    if not needs_weights:
+        return grad_x, grad_gates, None, None, None, None
+    grad_up = F.grouped_mm(grad_pre.mT, gather(x, token_indices, group_offsets), offs=group_offsets)
+    grad_down = F.grouped_mm(grad_rows.mT, weighted, offs=group_offsets)
+    grad_biases = None, None
+    if bias_dtype is not None:
+        grad_biases = (
+            _sum_rows(grad_pre, None, group_offsets, bias_dtype),
+            _sum_rows(grad_rows, gates, group_offsets, bias_dtype),
+        )
+    return grad_x, grad_gates, grad_up.to(weight_dtype), grad_down.to(weight_dtype), *grad_biases
