@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.ops.experts._triton import down_backward, up_projection
+from diffmoe_kernels.ops.experts import _grouped_mm
+from diffmoe_kernels.ops.experts._triton import up_projection
+from diffmoe_kernels.ops.experts._triton_backward import down_backward
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum, unpermute_backward
@@ -58,6 +60,19 @@ def launch_experts(shape: tuple, dtype: torch.dtype, backward: bool, bias: bool)
     weight_grad(x, weighted, offsets, gather="a", gates=gates, **master)
 
 
+def launch_around_grouped_mm(shape: tuple, dtype: torch.dtype) -> None:
+    """What lies between the products of `grouped_mm`, with and without biases."""
+    num_tokens, hidden, inner, num_experts, top_k, activation = shape
+    rows, width = num_tokens * top_k, inner * (2 if activation == "swiglu" else 1)
+    number, gates = partial(meta, dtype=dtype), meta(rows, dtype=torch.float32)
+    x, up, down = number(num_tokens, hidden), number(num_experts, width, hidden), number(num_experts, hidden, inner)
+    tokens, offsets, token_maps = meta(rows), meta(num_experts), (meta(num_tokens + 1), meta(rows))
+    for biases in ((None, None), (number(num_experts, width), number(num_experts, hidden))):
+        _, pre = _grouped_mm.forward(x, tokens, offsets, up, down, *biases, activation, True)
+        kinds = (True, True, torch.float32, None if biases[0] is None else torch.float32)
+        _grouped_mm.backward(x, x, gates, tokens, offsets, *token_maps, up, down, biases[1], pre, activation, *kinds)
+
+
 def launch_movement(shape: tuple, dtype: torch.dtype) -> None:
     num_tokens, hidden, _, num_experts, top_k, _ = shape
     rows = num_tokens * top_k
@@ -99,6 +114,8 @@ for name, shape in SHAPES.items():
 for dtype in (FLOAT16, FLOAT32):
     CASES[f"experts odd {dtype}"] = partial(launch_experts, SHAPES["odd"], dtype, True, True), dtype
 CASES["experts DSMoE-S-E48 float32"] = partial(launch_experts, SHAPES["DSMoE-S-E48"], FLOAT32, True, False), FLOAT32
+for name in ("DSMoE-L-E48", "DiffMoE-L-E8"):
+    CASES[f"around grouped_mm {name}"] = partial(launch_around_grouped_mm, SHAPES[name], BFLOAT16), BFLOAT16
 for name in ("DSMoE-L-E48", "DSMoE-S-E48"):
     CASES[f"movement {name}"] = partial(launch_movement, SHAPES[name], BFLOAT16), BFLOAT16
 for sizes in ((65536, 48, 5, 1, False), (16384, 16, 2, 2, False), (65536, 16, 1, 1, True), (4096, 256, 8, 8, False)):

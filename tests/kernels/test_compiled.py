@@ -19,7 +19,8 @@ CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block; 8.6 and 8.9 have the least of sm_8x
 MATRIX_PRODUCTS = ("_up_kernel", "_down_backward_kernel", "_rows_kernel", "_weight_grad_kernel")
 
-MOVEMENT = ("_gather_kernel", "_gather_sum_kernel", "_unpermute_backward_kernel")
+BETWEEN_PRODUCTS = ("_epilogue_kernel", "_activation_backward_kernel", "_sum_rows_kernel")
+MOVEMENT = (*BETWEEN_PRODUCTS, "_gather_kernel", "_gather_sum_kernel", "_unpermute_backward_kernel")
 SELECTION = ("_choose_kernel", "_scan_kernel", "_place_kernel", "_cut_in_registers_kernel", "_loss_kernel")
 
 
