@@ -57,6 +57,11 @@ def compute_capability() -> int:
     return 80 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
 
 
+def device_name() -> str:
+    """Of the current GPU, or "interpreter"."""
+    return "interpreter" if INTERPRETED else torch.cuda.get_device_name()
+
+
 def num_programs(num_tiles: int, like: Tensor) -> int:
     """How many programs share ``num_tiles`` tiles on a tensor's device: enough that the last to end do not count."""
     return min(num_tiles, WAVES * _multiprocessors(like.device))

@@ -143,9 +143,7 @@ def _sum_rows_kernel(
     tl.store(out + group * num_columns + columns, total.to(out.dtype.element_ty), mask=columns < num_columns)
 
 
-def _epilogue(
-    pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: Tensor | None, activation: str
-) -> None:
+def _epilogue(pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: Tensor | None, activation: str) -> None:
     num_groups, width = group_offsets.shape[0], (pre if hidden is None else hidden).shape[1]
     block_c = min(next_power_of_2(width), COLUMNS)
     grid = (triton.cdiv(pre.shape[0], ELEMENTS // block_c), triton.cdiv(width, block_c))

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffmoe_kernels.ops.grouped_gemm._triton import find_tile, group_tiles, most_tiles, multiply_rows
-from diffmoe_kernels.ops.grouped_gemm.tiles import pick_tile
+from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
 from diffmoe_kernels.triton_support import Tile, describe, input_precision, next_power_of_2, num_programs
 
 
@@ -142,29 +142,33 @@ def up_projection(
     pre, hidden = x.new_empty(num_rows if keep_pre else 0, up_width), x.new_empty(num_rows, width)
     if hidden.numel() == 0:
         return pre, hidden
-    tile = tile or pick_tile(num_rows, num_groups, width, depth, x.dtype, paired=gated)
-    descriptors = describe((up, (1, tile.n, tile.k))) if tile.descriptors else None
-    grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * triton.cdiv(width, tile.n), x)
-    _up_kernel[(grid,)](
-        x,
-        token_indices,
-        *(descriptors or (up,)),
-        x if bias is None else bias,
-        group_offsets,
-        pre if keep_pre else hidden,
-        hidden,
-        num_rows,
-        num_groups=num_groups,
-        width=width,
-        depth=depth,
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        KEEPS_PRE=keep_pre,
-        PRECISION=input_precision(x.dtype),
-        GROUPS=next_power_of_2(num_groups),
-        DESCRIPTORS=descriptors is not None,
-        **tile.options,
-    )
+
+    def launch(tile: Tile) -> None:
+        descriptors = describe((up, (1, tile.n, tile.k))) if tile.descriptors else None
+        grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * triton.cdiv(width, tile.n), x)
+        _up_kernel[(grid,)](
+            x,
+            token_indices,
+            *(descriptors or (up,)),
+            x if bias is None else bias,
+            group_offsets,
+            pre if keep_pre else hidden,
+            hidden,
+            num_rows,
+            num_groups=num_groups,
+            width=width,
+            depth=depth,
+            ACTIVATION=activation,
+            HAS_BIAS=bias is not None,
+            KEEPS_PRE=keep_pre,
+            PRECISION=input_precision(x.dtype),
+            GROUPS=next_power_of_2(num_groups),
+            DESCRIPTORS=descriptors is not None,
+            **tile.options,
+        )
+
+    sizes, options = (num_rows, num_groups, width, depth), (activation, bias is not None, keep_pre)
+    launch(tile or best_product_tile("up", launch, sizes, x.dtype, *options, paired=gated))
     return pre, hidden
 
 

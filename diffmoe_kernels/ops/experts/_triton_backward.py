@@ -14,7 +14,7 @@ from torch import Tensor
 from diffmoe_kernels.ops.experts._triton import gelu_tanh_parts, sigmoid
 from diffmoe_kernels.ops.grouped_gemm._triton import find_tile, group_tiles, most_tiles, multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
-from diffmoe_kernels.ops.grouped_gemm.tiles import pick_tile
+from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
 from diffmoe_kernels.ops.permute._triton import gather_sum
 from diffmoe_kernels.triton_support import Tile, describe, input_precision, next_power_of_2, num_programs
 
@@ -165,37 +165,42 @@ def down_backward(
     grad_gates = torch.empty_like(gates)
     if weighted.numel() == 0:
         return grad_pre, weighted, grad_gates.zero_()
+
+    def launch(tile: Tile) -> Tensor:
+        descriptors = describe((down, (1, tile.k, tile.n))) if tile.descriptors else None
+        tiles_n = triton.cdiv(width, tile.n)
+        parts = gates.new_empty(tiles_n, num_rows)
+        grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * tiles_n, pre)
+        _down_backward_kernel[(grid,)](
+            grad_out,
+            token_indices,
+            gates,
+            *(descriptors or (down,)),
+            pre if down_bias is None else down_bias,
+            pre,
+            group_offsets,
+            grad_pre,
+            weighted,
+            parts,
+            num_rows,
+            num_groups=num_groups,
+            width=width,
+            depth=depth,
+            ACTIVATION=activation,
+            HAS_BIAS=down_bias is not None,
+            PRECISION=input_precision(pre.dtype),
+            GROUPS=next_power_of_2(num_groups),
+            DESCRIPTORS=descriptors is not None,
+            SPLIT=tile.n >= 64,
+            **tile.options,
+        )
+        return parts
+
+    sizes, options = (num_rows, num_groups, width, depth), (activation, down_bias is not None)
     # Its epilogue holds as much as that of a pair.
-    tile = tile or pick_tile(num_rows, num_groups, width, depth, pre.dtype, paired=True)
-    descriptors = describe((down, (1, tile.k, tile.n))) if tile.descriptors else None
-    tiles_n = triton.cdiv(width, tile.n)
-    parts = gates.new_empty(tiles_n, num_rows)
-    grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * tiles_n, pre)
-    _down_backward_kernel[(grid,)](
-        grad_out,
-        token_indices,
-        gates,
-        *(descriptors or (down,)),
-        pre if down_bias is None else down_bias,
-        pre,
-        group_offsets,
-        grad_pre,
-        weighted,
-        parts,
-        num_rows,
-        num_groups=num_groups,
-        width=width,
-        depth=depth,
-        ACTIVATION=activation,
-        HAS_BIAS=down_bias is not None,
-        PRECISION=input_precision(pre.dtype),
-        GROUPS=next_power_of_2(num_groups),
-        DESCRIPTORS=descriptors is not None,
-        SPLIT=tile.n >= 64,
-        **tile.options,
-    )
+    parts = launch(tile or best_product_tile("down_backward", launch, sizes, pre.dtype, *options, paired=True))
     _sum_parts_kernel[(triton.cdiv(num_rows, 1024),)](
-        parts, group_offsets, grad_gates, num_groups, num_rows, tiles_n, BLOCK=1024
+        parts, group_offsets, grad_gates, num_groups, num_rows, parts.shape[0], BLOCK=1024
     )
     return grad_pre, weighted, grad_gates
 

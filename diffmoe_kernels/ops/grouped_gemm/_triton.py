@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.ops.grouped_gemm.tiles import pick_tile
+from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
 from diffmoe_kernels.triton_support import Tile, describe, input_precision, next_power_of_2, num_programs
 
 
@@ -138,29 +138,33 @@ def multiply_rows(
     out = x.new_empty(num_rows, num_columns)
     if out.numel() == 0:
         return out
-    tile = tile or pick_tile(num_rows, num_groups, num_columns, depth, x.dtype)
     k_inner = w.stride(1) == 1
-    descriptors = None
-    if tile.descriptors:
-        block_w = (1, tile.n, tile.k) if k_inner else (1, tile.k, tile.n)
-        descriptors = describe((x, (tile.m, tile.k)), (w.mT if k_inner else w, block_w))
-    grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * triton.cdiv(num_columns, tile.n), x)
-    _rows_kernel[(grid,)](
-        *(descriptors or (x, w)),
-        x if bias is None else bias,
-        group_offsets,
-        out,
-        num_rows,
-        num_groups,
-        num_columns,
-        depth,
-        *x.stride(),
-        *w.stride(),
-        HAS_BIAS=bias is not None,
-        PRECISION=input_precision(x.dtype),
-        GROUPS=next_power_of_2(num_groups),
-        DESCRIPTORS=descriptors is not None,
-        K_INNER=k_inner,
-        **tile.options,
-    )
+
+    def launch(tile: Tile) -> None:
+        descriptors = None
+        if tile.descriptors:
+            block_w = (1, tile.n, tile.k) if k_inner else (1, tile.k, tile.n)
+            descriptors = describe((x, (tile.m, tile.k)), (w.mT if k_inner else w, block_w))
+        grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * triton.cdiv(num_columns, tile.n), x)
+        _rows_kernel[(grid,)](
+            *(descriptors or (x, w)),
+            x if bias is None else bias,
+            group_offsets,
+            out,
+            num_rows,
+            num_groups,
+            num_columns,
+            depth,
+            *x.stride(),
+            *w.stride(),
+            HAS_BIAS=bias is not None,
+            PRECISION=input_precision(x.dtype),
+            GROUPS=next_power_of_2(num_groups),
+            DESCRIPTORS=descriptors is not None,
+            K_INNER=k_inner,
+            **tile.options,
+        )
+
+    sizes = (num_rows, num_groups, num_columns, depth)
+    launch(tile or best_product_tile("rows", launch, sizes, x.dtype, k_inner, bias is not None))
     return out

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.ops.grouped_gemm.tiles import pick_weight_grad_tile
+from diffmoe_kernels.ops.grouped_gemm.tiles import best_weight_grad_tile
 from diffmoe_kernels.triton_support import Tile, input_precision
 
 
@@ -118,28 +118,33 @@ def weight_grad(
     bias_out = None if bias_dtype is None else a.new_empty(num_groups, size_m, dtype=bias_dtype)
     if out.numel() == 0:
         return out, bias_out if bias_out is None else bias_out.zero_()
-    tile = tile or pick_weight_grad_tile(size_m, size_n, a.dtype)
-    tiles_m, tiles_n = triton.cdiv(size_m, tile.m), triton.cdiv(size_n, tile.n)
-    _weight_grad_kernel[(num_groups * tiles_m * tiles_n,)](
-        a,
-        b,
-        group_offsets if token_indices is None else token_indices,
-        a if gates is None else gates,
-        group_offsets,
-        out,
-        out if bias_out is None else bias_out,
-        (a if token_indices is None else token_indices).shape[0],
-        tiles_m,
-        tiles_n,
-        size_m,
-        size_n,
-        *a.stride(),
-        *b.stride(),
-        GATHER_A=gather == "a",
-        GATHER_B=gather == "b",
-        HAS_GATES=gates is not None,
-        HAS_BIAS=bias_out is not None,
-        PRECISION=input_precision(a.dtype),
-        **tile.options,
-    )
+    num_rows = (a if token_indices is None else token_indices).shape[0]
+
+    def launch(tile: Tile) -> None:
+        tiles_m, tiles_n = triton.cdiv(size_m, tile.m), triton.cdiv(size_n, tile.n)
+        _weight_grad_kernel[(num_groups * tiles_m * tiles_n,)](
+            a,
+            b,
+            group_offsets if token_indices is None else token_indices,
+            a if gates is None else gates,
+            group_offsets,
+            out,
+            out if bias_out is None else bias_out,
+            num_rows,
+            tiles_m,
+            tiles_n,
+            size_m,
+            size_n,
+            *a.stride(),
+            *b.stride(),
+            GATHER_A=gather == "a",
+            GATHER_B=gather == "b",
+            HAS_GATES=gates is not None,
+            HAS_BIAS=bias_out is not None,
+            PRECISION=input_precision(a.dtype),
+            **tile.options,
+        )
+
+    sizes = (num_rows, num_groups, size_m, size_n)
+    launch(tile or best_weight_grad_tile(launch, sizes, a.dtype, dtype, gather, bias_out is not None))
     return out, bias_out

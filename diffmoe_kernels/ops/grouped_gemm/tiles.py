@@ -8,11 +8,14 @@ too, and 227 KiB from there on, and spill no registers. From sm_90 on what needs
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 
 import torch
 
-from diffmoe_kernels.triton_support import Tile, compute_capability
+from diffmoe_kernels.autotune import best_tile
+from diffmoe_kernels.triton_support import Tile, compute_capability, next_power_of_2
 
 FEW, SOME = 32, 128  # rows of an average group, up to which a tile of 32 or 64 rows wastes less than one of 128
 
@@ -61,6 +64,31 @@ def pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype) -> Tile:
     return _UNALIGNED if size_m % 8 or size_n % 8 else _narrowed(_WEIGHT_GRAD[_generation()], size_n)
 
 
+def best_product_tile(
+    kernel: str,
+    launch: Callable[[Tile], object],
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    *options: object,
+    paired: bool = False,
+) -> Tile:
+    """`pick_tile`'s of these (rows, groups, columns, depth), or what an opt-in search found; see `autotune`."""
+    num_rows, num_groups, num_columns, depth = sizes
+    default = pick_tile(*sizes, dtype, paired=paired)
+    shape_class = (next_power_of_2(num_rows // num_groups), num_groups, num_columns, depth, dtype, *options)
+    return best_tile(kernel, shape_class, default, candidates(dtype, paired=paired), launch)
+
+
+def best_weight_grad_tile(
+    launch: Callable[[Tile], object], sizes: tuple[int, int, int, int], dtype: torch.dtype, *options: object
+) -> Tile:
+    """The same for (rows, groups, size_m, size_n) of `pick_weight_grad_tile`."""
+    num_rows, num_groups, size_m, size_n = sizes
+    default = pick_weight_grad_tile(size_m, size_n, dtype)
+    shape_class = (next_power_of_2(num_rows // num_groups), num_groups, size_m, size_n, dtype, *options)
+    return best_tile("weight_grad", shape_class, default, candidates(dtype, weight_grad=True), launch)
+
+
 def _generation() -> int:
     return 90 if compute_capability() >= 90 else 80
 
@@ -72,3 +100,22 @@ def _narrowed(tile: Tile, num_columns: int) -> Tile:
         n //= 2
         warps = max(warps // 2, 4)
     return replace(tile, n=n, warps=warps)
+
+
+def candidates(dtype: torch.dtype, *, paired: bool = False, weight_grad: bool = False) -> Iterator[Tile]:
+    """Tiles that an opt-in search tries: those whose sums fit in registers and whose stages fit in shared memory."""
+    if dtype == torch.float32:
+        yield from (*_FLOAT32.values(), Tile(32, 32, 32, 4, 3), Tile(128, 64, 16, 8, 3))
+        return
+    capability = compute_capability()
+    limit = 227 * 1024 if capability >= 90 else 99 * 1024
+    accumulators = 2 if paired else 1
+    heights, depths = ((64, 128), (64,)) if capability >= 90 else ((32, 64, 128), (32, 64))
+    for m, n, k, warps in product(heights, (64, 128, 256), depths, (4, 8)):
+        if accumulators * m * n > 128 * 32 * warps:
+            continue
+        for stages in (3, 4):
+            if stages * 2 * k * (m + accumulators * n) > limit:
+                continue
+            for descriptors in (False, True) if capability >= 90 and not weight_grad else (False,):
+                yield Tile(m, n, k, warps, stages, descriptors=descriptors)

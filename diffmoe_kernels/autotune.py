@@ -1,0 +1,105 @@
+"""Opt-in search for the best tile of a matrix product, with its results on disk.
+
+Off by default: kernels take the tiles of `diffmoe_kernels/ops/grouped_gemm/tiles.py`. With ``DIFFMOE_AUTOTUNE=1`` in
+the environment the first call of each product at a new shape class times the candidates on the data at hand, most of
+it compiling, and notes the fastest in ``tiles.json``, which later calls and later processes read. The file lies in
+``DIFFMOE_CACHE_DIR``, or ``diffmoe-kernels`` in the user's cache directory. Nothing is searched while a CUDA graph is
+captured: run a step before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from diffmoe_kernels.triton_support import HAS_TRITON, Tile, device_name
+
+if HAS_TRITON:
+    import triton
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+_read: dict[Path, dict[str, Tile]] = {}  # what this process knows of each file
+
+
+def is_on() -> bool:
+    """Whether ``DIFFMOE_AUTOTUNE`` asks for the search.
+
+    Raises:
+        ValueError: a value other than 0, 1 or nothing.
+    """
+    value = os.environ.get("DIFFMOE_AUTOTUNE", "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"DIFFMOE_AUTOTUNE: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def cache_file() -> Path:
+    """Where the tiles that were found are kept."""
+    folder = os.environ.get("DIFFMOE_CACHE_DIR")
+    if not folder:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffmoe-kernels"
+    return Path(folder) / "tiles.json"
+
+
+def best_tile(
+    kernel: str, shape_class: tuple, default: Tile, candidates: Iterable[Tile], launch: Callable[[Tile], object]
+) -> Tile:
+    """The tile for a launch: the default, or with the search on the fastest of the candidates and the default.
+
+    Args:
+        kernel: its name.
+        shape_class: what else decides which tile is best: sizes, dtype, options; of plain numbers and strings.
+        default: the tile where nothing is searched.
+        candidates: tried once per shape class, device and version of Triton; those that do not fit are passed over.
+        launch: runs the kernel with a tile on the data at hand; called many times, so it must not change its inputs.
+    """
+    if not is_on() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return default
+    file = cache_file()
+    known = _known(file)
+    key = " | ".join(map(str, (device_name(), f"triton {triton.__version__}", kernel, *shape_class)))
+    if key not in known:
+        times = {tile: _time(launch, tile) for tile in dict.fromkeys((default, *candidates))}
+        _note(file, key, min(times, key=times.get))
+    return known[key]
+
+
+def _time(launch: Callable[[Tile], object], tile: Tile) -> float:
+    """Median milliseconds of a launch; infinite for a tile that the device can't run."""
+    try:
+        launch(tile)
+    except (OutOfResources, CompilationError, PTXASError):
+        return float("inf")
+    return triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20, return_mode="median")
+
+
+def _known(file: Path) -> dict[str, Tile]:
+    if file not in _read:
+        _read[file] = _load(file)
+    return _read[file]
+
+
+def _load(file: Path) -> dict[str, Tile]:
+    if not file.exists():
+        return {}
+    try:
+        return {key: Tile(**tile) for key, tile in json.loads(file.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: expected the tiles of an earlier search, got {error}; delete the file") from error
+
+
+def _note(file: Path, key: str, tile: Tile) -> None:
+    """Adds a tile to what the file holds by now; other processes may write it too, and see whole files only."""
+    _known(file)[key] = tile
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tiles = {**_load(file), key: tile}
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as temporary:
+        json.dump({key: asdict(tile) for key, tile in sorted(tiles.items())}, temporary, indent=1)
+    os.replace(temporary.name, file)

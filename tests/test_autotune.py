@@ -1,0 +1,132 @@
+"""The opt-in search for tiles: off by default, notes what it finds on disk, passes over what can't run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmoe_kernels.testing import assert_close
+from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED, Tile
+
+if not HAS_TRITON:
+    pytest.skip("needs triton", allow_module_level=True)
+from triton.runtime.errors import OutOfResources
+
+from diffmoe_kernels import autotune, ops
+from diffmoe_kernels.ops.grouped_gemm import tiles
+
+DEFAULT, FAST, SLOW, BIG = (Tile(16 * n, 32, 32, 4, 2) for n in (1, 2, 4, 8))
+MILLISECONDS = {DEFAULT: 2.0, FAST: 1.0, SLOW: 3.0}
+
+
+@pytest.fixture
+def searching(monkeypatch, tmp_path) -> list[Tile]:
+    """The search is on, its clock is `MILLISECONDS`; the list gets the tiles that are timed."""
+    monkeypatch.setenv("DIFFMOE_AUTOTUNE", "1")
+    monkeypatch.setenv("DIFFMOE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(autotune, "_read", {})
+    timed: list[Tile] = []
+
+    def clock(run, **options) -> float:
+        run()
+        return MILLISECONDS[timed[-1]]
+
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", clock)
+    return timed
+
+
+def search(timed: list[Tile], shape_class: tuple = (64, torch.bfloat16)) -> Tile:
+    def launch(tile: Tile) -> None:
+        if tile == BIG:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        timed.append(tile)
+
+    return autotune.best_tile("rows", shape_class, DEFAULT, [FAST, SLOW, BIG], launch)
+
+
+def test_off_by_default(monkeypatch, tmp_path):
+    monkeypatch.delenv("DIFFMOE_AUTOTUNE", raising=False)
+    monkeypatch.setenv("DIFFMOE_CACHE_DIR", str(tmp_path))
+    timed: list[Tile] = []
+    assert search(timed) == DEFAULT
+    assert not timed and not list(tmp_path.iterdir())
+
+
+def test_takes_the_fastest_that_runs_and_notes_it(searching, monkeypatch, tmp_path):
+    assert search(searching) == FAST
+    assert set(searching) == {DEFAULT, FAST, SLOW}
+    searching.clear()
+    assert search(searching) == FAST and not searching  # known by now
+    monkeypatch.setattr(autotune, "_read", {})  # as in the next process
+    assert search(searching) == FAST and not searching
+    assert search(searching, (128, torch.bfloat16)) == FAST and searching  # another shape class
+    keys = list(json.loads((tmp_path / "tiles.json").read_text()))
+    assert len(keys) == 2 and all("rows" in key and "triton 3." in key for key in keys)
+    assert [one.name for one in tmp_path.iterdir()] == ["tiles.json"]
+
+
+def test_processes_add_to_each_others_file(searching, monkeypatch, tmp_path):
+    search(searching, (1,))
+    mine = dict(autotune._read)
+    monkeypatch.setattr(autotune, "_read", {tmp_path / "tiles.json": {}})  # another, that read before
+    search(searching, (2,))
+    monkeypatch.setattr(autotune, "_read", mine)
+    search(searching, (3,))
+    assert len(json.loads((tmp_path / "tiles.json").read_text())) == 3
+
+
+@pytest.mark.parametrize("text", ["{", '{"key": {"rows": 3}}', "[1]", '{"key": 1}'])
+def test_a_broken_file_is_named(searching, tmp_path, text):
+    (tmp_path / "tiles.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tiles\.json: expected the tiles of an earlier search.*delete the file"):
+        search(searching)
+
+
+def test_an_unknown_setting_is_refused(monkeypatch):
+    monkeypatch.setenv("DIFFMOE_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match="DIFFMOE_AUTOTUNE: expected 0 or 1, got 'yes'"):
+        autotune.is_on()
+
+
+def test_where_the_file_lies(monkeypatch, tmp_path):
+    monkeypatch.delenv("DIFFMOE_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert autotune.cache_file() == tmp_path / "diffmoe-kernels" / "tiles.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert autotune.cache_file() == tmp_path / ".cache" / "diffmoe-kernels" / "tiles.json"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the clock is the interpreter's")
+def test_every_product_searches(searching, monkeypatch, tmp_path):
+    """Forward and backward of `experts` ask for four kernels' tiles, and are right with what is found."""
+    monkeypatch.setattr(tiles, "candidates", lambda *_, **__: iter([Tile(16, 16, 16, 4, 2)]))
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", lambda run, **_: [run()] and 1.0)
+    from diffmoe_kernels import Routing
+
+    routing = Routing.from_topk(torch.tensor([[0, 1], [1, 2], [0, 2]]), torch.rand(3, 2), 4)
+    inputs = [torch.randn(3, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 8)]
+    results = []
+    for backend in ("triton", "reference"):
+        x, up, down = (one.clone().requires_grad_() for one in inputs)
+        y = ops.experts(x, routing, up, down, backend=backend)
+        results.append([y, *torch.autograd.grad(y.sum(), [x, up, down])])
+    for one, expected in zip(*results, strict=True):
+        assert_close(one, expected)
+    keys = json.loads((tmp_path / "tiles.json").read_text())
+    assert {key.split(" | ")[2] for key in keys} == {"up", "rows", "down_backward", "weight_grad"}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("paired", [False, True])
+def test_candidates_hold_the_defaults(monkeypatch, capability, paired):
+    """The search can come back with the hand-picked tiles of training, and tries both kinds of loads where it can."""
+    monkeypatch.setattr(tiles, "compute_capability", lambda: capability)
+    tried = list(tiles.candidates(torch.bfloat16, paired=paired))
+    assert len(tried) == len(set(tried)) and 10 < len(tried) < 80
+    assert {tile.descriptors for tile in tried} == ({False, True} if capability >= 90 else {False})
+    assert tiles.pick_tile(65536, 16, 1024, 1024, torch.bfloat16, paired=paired) in tried
+    assert len(list(tiles.candidates(torch.float32))) >= 3
