@@ -2,7 +2,8 @@
 
 ``"reference"`` is the definition, plain PyTorch that anyone can check. ``"torch"`` is PyTorch's own fast path
 (``grouped_mm``, SDPA), without a host sync. ``"triton"`` and ``"cuda"`` are this project's kernels. ``"auto"`` takes
-the fastest that works for the device and dtype. An explicit choice that can't run raises and says why.
+what was measured fastest for the device, dtype and shape (`diffmoe_kernels.measured`), else PyTorch's own. An explicit
+choice that can't run raises and says why.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ class Implementation:
     Attributes:
         function: computes it.
         why_not: returns why the function can't run on the arguments, or None.
-        automatic: whether "auto" may take it; False as long as nobody has measured that it is the fastest.
+        automatic: whether "auto" may take it, or a function of the arguments that tells: see `measured.fastest`.
     """
 
     function: Callable[..., Any]
     why_not: Callable[..., str | None] = lambda *args, **kwargs: None
-    automatic: bool = True
+    automatic: bool | Callable[..., bool] = True
+
+    def taken_by_auto(self, *args: Any, **kwargs: Any) -> bool:
+        automatic = self.automatic if isinstance(self.automatic, bool) else self.automatic(*args, **kwargs)
+        return automatic and self.why_not(*args, **kwargs) is None
 
 
 def plain(function: Callable[..., Any]) -> dict[str, Implementation]:
@@ -62,7 +67,7 @@ def run(op: str, backend: str, implementations: Mapping[str, Implementation], *a
     """
     check_backend(backend)
     if backend == "auto":
-        chosen = next(one for one in implementations.values() if one.automatic and one.why_not(*args, **kwargs) is None)
+        chosen = next(one for one in implementations.values() if one.taken_by_auto(*args, **kwargs))
     elif backend not in implementations:
         raise NotImplementedError(
             f"{op}: there is no {backend!r} backend; this op has {', '.join(map(repr, implementations))}"

@@ -16,6 +16,14 @@ def test_auto_takes_the_first_that_can_run():
     assert run("op", "auto", IMPLEMENTATIONS, X, ready=False) == "reference"
 
 
+def test_auto_asks_what_was_measured():
+    slow = Implementation(lambda x, size: "measured", automatic=lambda x, size: size > 8)
+    implementations = {"triton": slow, "torch": Implementation(lambda x, size: "torch")}
+    assert run("op", "auto", implementations, X, size=9) == "measured"
+    assert run("op", "auto", implementations, X, size=8) == "torch"
+    assert run("op", "triton", implementations, X, size=8) == "measured"
+
+
 def test_an_explicit_choice_is_kept_or_raises():
     assert run("op", "triton", IMPLEMENTATIONS, X, ready=True) == "fast"
     assert run("op", "reference", IMPLEMENTATIONS, X, ready=True) == "reference"

@@ -147,7 +147,7 @@ def test_rejects_bad_input():
         with pytest.raises(ValueError, match="different devices: .* on meta, routing on cpu"):
             function(torch.zeros(rows, 4, device="meta"), routing)
         with pytest.raises(
-            NotImplementedError, match="permute: there is no 'cuda' backend; this op has 'torch', 'reference'"
+            NotImplementedError, match="permute: there is no 'cuda' backend; this op has .*'torch', 'reference'"
         ):
             function(torch.zeros(rows, 4), routing, backend="cuda")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape, compute_dtype
+from diffmoe_kernels.measured import experts_class, fastest
 from diffmoe_kernels.ops.experts import _torch
 from diffmoe_kernels.ops.experts.reference import experts_reference
 from diffmoe_kernels.routing import Routing, check_routing
@@ -86,6 +88,11 @@ def experts(
     )
 
 
+def _shape_class(x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor, **_: object) -> str:
+    training = torch.is_grad_enabled() and any(one.requires_grad for one in (x, routing.gates, up_proj, down_proj))
+    return experts_class(routing.num_rows, routing.num_experts, down_proj.shape[2], training)
+
+
 _IMPLEMENTATIONS = {
     "torch": Implementation(_torch.experts_torch, _torch.why_not),
     "reference": Implementation(experts_reference),
@@ -95,5 +102,11 @@ if HAS_TRITON:
 
     from diffmoe_kernels.ops.experts import _library
 
-    _TRITON = partial(_library.experts_on_kernels, products="triton")
-    _IMPLEMENTATIONS["triton"] = Implementation(_TRITON, _library.why_not, automatic=False)
+    _IMPLEMENTATIONS = {
+        "triton": Implementation(
+            partial(_library.experts_on_kernels, products="triton"),
+            _library.why_not,
+            automatic=fastest("experts", "triton", _shape_class),
+        ),
+        **_IMPLEMENTATIONS,
+    }

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, run
 from diffmoe_kernels.checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
+from diffmoe_kernels.measured import experts_class, fastest
 from diffmoe_kernels.ops.grouped_gemm import _torch
 from diffmoe_kernels.ops.grouped_gemm.reference import grouped_gemm_reference
 from diffmoe_kernels.triton_support import HAS_TRITON
@@ -74,6 +75,14 @@ def _check_offs(x: Tensor, w: Tensor, offs: Tensor | None) -> None:
         raise ValueError("offs: expected at least one group, got none")
 
 
+def _shape_class(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> str:
+    if offs is None:
+        return "equal groups"
+    num_rows = x.shape[0] if w.dim() == 3 else w.shape[1 if x.dim() == 3 else 0]
+    training = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    return experts_class(num_rows, offs.shape[0], min(x.shape[-1], w.shape[-1]), training)
+
+
 _IMPLEMENTATIONS = {
     "torch": Implementation(_torch.grouped_gemm_torch, _torch.why_not),
     "reference": Implementation(grouped_gemm_reference),
@@ -81,4 +90,9 @@ _IMPLEMENTATIONS = {
 if HAS_TRITON:
     from diffmoe_kernels.ops.grouped_gemm import _library
 
-    _IMPLEMENTATIONS["triton"] = Implementation(_library.grouped_gemm_triton, _library.why_not, automatic=False)
+    _IMPLEMENTATIONS = {
+        "triton": Implementation(
+            _library.grouped_gemm_triton, _library.why_not, automatic=fastest("grouped_gemm", "triton", _shape_class)
+        ),
+        **_IMPLEMENTATIONS,
+    }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_floating, check_same_device, check_shape
+from diffmoe_kernels.measured import fastest, tokens_class
 from diffmoe_kernels.ops.permute.reference import permute_reference, unpermute_reference
 from diffmoe_kernels.routing import Routing, check_routing
 from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
@@ -61,10 +64,17 @@ def _why_not(x: Tensor, routing: Routing) -> str | None:
     return why_not_triton(x)
 
 
+def _shape_class(x: Tensor, routing: Routing) -> str:
+    return tokens_class(routing.num_tokens)
+
+
 _PERMUTE = plain(permute_reference)
 _UNPERMUTE = plain(unpermute_reference)
 if HAS_TRITON:
     from diffmoe_kernels.ops.permute import _library
 
-    _PERMUTE["triton"] = Implementation(_library.permute_triton, _why_not, automatic=False)
-    _UNPERMUTE["triton"] = Implementation(_library.unpermute_triton, _why_not, automatic=False)
+    def _kernel(op: str, function: Callable[..., Tensor]) -> dict[str, Implementation]:
+        return {"triton": Implementation(function, _why_not, automatic=fastest(op, "triton", _shape_class))}
+
+    _PERMUTE = {**_kernel("permute", _library.permute_triton), **_PERMUTE}
+    _UNPERMUTE = {**_kernel("unpermute", _library.unpermute_triton), **_UNPERMUTE}

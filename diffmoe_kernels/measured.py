@@ -1,0 +1,78 @@
+"""What "auto" takes on a GPU: for each op and shape class the backend that was measured fastest.
+
+The table is ``measured.json``: rows of an op, a compute capability, a dtype, a shape class, the fastest backend, and
+the figures that say so with the file of results they are from. ``python -m benchmarks.prefer results.json`` writes it.
+What is not in it was not measured, and "auto" passes over a kernel there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FILE = Path(__file__).with_name("measured.json")
+FEW_ROWS, SOME_ROWS = 32, 128  # of an average expert
+NARROW = 512  # intermediate size of fine-grained experts
+MANY_TOKENS = 4096
+
+Key = tuple[str, str, str, str]  # op, compute capability as in "9.0", dtype, shape class
+
+
+def load(file: Path = FILE) -> dict[Key, str]:
+    """The fastest backend by key.
+
+    Raises:
+        ValueError: a file that is not such a table.
+    """
+    try:
+        rows = json.loads(file.read_text())
+        return {(row["op"], row["capability"], row["dtype"], row["shape_class"]): row["fastest"] for row in rows}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: expected a list of measured rows, got {error!r}") from error
+
+
+TABLE = load()
+
+
+def fastest(op: str, backend: str, shape_class: Callable[..., str]) -> Callable[..., bool]:
+    """Whether ``backend`` was measured fastest for an op's arguments, as `Implementation.automatic` asks.
+
+    Args:
+        op: its name in the table.
+        backend: the implementation's.
+        shape_class: of the op's arguments.
+    """
+
+    def automatic(first: Tensor, *args: object, **options: object) -> bool:
+        capability = capability_of(first.device)
+        if capability is None:
+            return False
+        key = (op, capability, str(first.dtype).removeprefix("torch."), shape_class(first, *args, **options))
+        return TABLE.get(key) == backend
+
+    return automatic
+
+
+def capability_of(device: torch.device) -> str | None:
+    """A GPU's compute capability as in "9.0"; None where there is none."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.major}.{properties.minor}"
+
+
+def tokens_class(num_tokens: int) -> str:
+    """Of ops whose work is the tokens' alone."""
+    return "many tokens" if num_tokens > MANY_TOKENS else "few tokens"
+
+
+def experts_class(num_rows: int, num_experts: int, intermediate_size: int, training: bool) -> str:
+    """Of the experts' products: rows of an average expert, how wide it is, and whether there is a backward."""
+    average = num_rows / num_experts
+    rows = "few" if average <= FEW_ROWS else "some" if average <= SOME_ROWS else "many"
+    width = "narrow" if intermediate_size <= NARROW else "wide"
+    return f"{rows} rows, {width}, {'training' if training else 'inference'}"

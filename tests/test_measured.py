@@ -1,0 +1,95 @@
+"""What "auto" takes where a measurement is known, and where none is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from diffmoe_kernels import MoE, Routing, backend, measured, ops
+from diffmoe_kernels.measured import experts_class, fastest, load, tokens_class
+from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED
+
+ROW = {"op": "unpermute", "capability": "9.0", "dtype": "bfloat16", "shape_class": "few tokens", "fastest": "triton"}
+
+
+def test_the_table_in_the_package():
+    """Every row names an op, a backend, the file that its figures are from, and at least one other to compare with."""
+    assert load() == measured.TABLE
+    for row in json.loads(measured.FILE.read_text()):
+        assert hasattr(ops, row["op"]) and row["fastest"] in backend.BACKENDS and row["source"]
+        for case in row["cases"]:
+            assert case["ms"].keys() >= {row["fastest"]} and len(case["ms"]) > 1, row
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"op": "experts"}]', "3"])
+def test_a_broken_table_is_named(tmp_path, text):
+    file = tmp_path / "measured.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="measured.json: expected a list of measured rows"):
+        load(file)
+
+
+def test_shape_classes():
+    assert experts_class(32768, 16, 2048, True) == "many rows, wide, training"  # DSMoE-L-E16
+    assert experts_class(2560, 48, 448, False) == "some rows, narrow, inference"  # DSMoE-L-E48, 512 tokens
+    assert experts_class(64, 48, 513, False) == "few rows, wide, inference"
+    assert tokens_class(4096) == "few tokens" and tokens_class(4097) == "many tokens"
+
+
+def test_fastest_asks_device_dtype_and_class(monkeypatch):
+    monkeypatch.setattr(measured, "TABLE", load_rows(ROW))
+    takes = fastest("unpermute", "triton", lambda x: tokens_class(len(x)))
+    x = torch.zeros(8, 4, dtype=torch.bfloat16)
+    assert not takes(x)  # on a CPU
+    monkeypatch.setattr(measured, "capability_of", lambda device: "9.0")
+    assert takes(x)
+    assert not takes(x.float())
+    assert not takes(torch.zeros(5000, 4, dtype=torch.bfloat16))
+    assert not fastest("permute", "triton", lambda x: "few tokens")(x)
+    assert not fastest("unpermute", "cuda", lambda x: "few tokens")(x)
+    monkeypatch.setattr(measured, "capability_of", lambda device: "8.0")
+    assert not takes(x)
+
+
+def load_rows(*rows: dict) -> dict:
+    return {(row["op"], row["capability"], row["dtype"], row["shape_class"]): row["fastest"] for row in rows}
+
+
+@pytest.fixture
+def as_measured(monkeypatch):
+    """As on a GPU where the kernels were measured fastest for training, PyTorch for inference."""
+    rows = [
+        {**ROW, "op": "experts", "dtype": "float32", "shape_class": f"few rows, narrow, {mode}", "fastest": name}
+        for mode, name in (("training", "triton"), ("inference", "torch"))
+    ]
+    monkeypatch.setattr(measured, "TABLE", load_rows(*rows))
+    monkeypatch.setattr(measured, "capability_of", lambda device: "9.0")
+    module = pytest.importorskip("diffmoe_kernels.ops.experts._library")
+    forward, backward = module.PRODUCTS["triton"]
+    calls = []
+    monkeypatch.setitem(module.PRODUCTS, "triton", (lambda *args: calls.append(1) or forward(*args), backward))
+    return calls
+
+
+@pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="runs the kernels on a CPU")
+def test_auto_follows_the_table(as_measured):
+    routing = Routing.from_topk(torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2), 3)
+    x, up, down = torch.randn(2, 8), torch.randn(3, 16, 8, requires_grad=True), torch.randn(3, 8, 8)
+    ops.experts(x, routing, up, down)
+    assert len(as_measured) == 1
+    with torch.no_grad():
+        ops.experts(x, routing, up, down)
+    ops.experts(x, routing, up, down, backend="torch")
+    ops.experts(x.double(), routing, up.double(), down.double())  # not measured, and no kernel takes it
+    assert len(as_measured) == 1
+
+
+@pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="runs the kernels on a CPU")
+def test_auto_compiles_to_one_graph(as_measured):
+    torch._dynamo.reset()
+    layer = MoE(8, 8, 3, 2)
+    x = torch.randn(4, 8)
+    assert torch.allclose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), atol=1e-6)
+    assert len(as_measured) == 2
