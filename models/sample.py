@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from models.data import check_labels, load_autoencoder, save_grid, save_npz, to_uint8
 from models.objectives import Method, Objective, ObjectiveName, objective_for
+from models.precision import Precision, experts_cast_once
 from models.training.config import build_config, config_parser, option, require
 from models.training.loading import TrainedModel, Weights, load_published, load_trained, pick_device
 
@@ -43,6 +45,7 @@ class SampleConfig:
     cfg_scale: float = option(1.5, "guidance towards the class, 1 for none; without effect on --unconditional")
     seed: int = option(0, "seed of the noise")
     batch_size: int = option(256, "images at a time: a matter of speed and memory", alias="batch")
+    precision: Precision = option("float32", "bfloat16 runs the model under autocast, with the experts cast once")
     autoencoder: str | None = option(None, "decoder of latents, where not the one that the model was trained with")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
 
@@ -71,6 +74,7 @@ def sample_images(
     method: Method | None = None,
     cfg_scale: float = 1.0,
     batch_size: int = 256,
+    precision: Precision = "float32",
 ) -> Tensor:
     """Images of the given labels; all noise of image i depends on `seed` and i alone.
 
@@ -81,6 +85,7 @@ def sample_images(
         labels: (N,) int64 in [0, model.num_classes), or model.null_label.
         objective: that the model was trained with; by default the one of its family.
         steps, method, cfg_scale: see `Objective.sample`.
+        precision: "bfloat16" runs the model under autocast; the sampler's own arithmetic is float32.
 
     Returns:
         (N, C, H, W) float32 on the CPU, about [-1, 1], not clipped; latents of a latent model.
@@ -88,7 +93,7 @@ def sample_images(
     Raises:
         TypeError, ValueError: as `Objective.sample` does.
     """
-    batches = sample_batches(model, labels, objective, seed, steps, method, cfg_scale, batch_size)
+    batches = sample_batches(model, labels, objective, seed, steps, method, cfg_scale, batch_size, precision)
     return torch.cat([batch.cpu() for batch in batches])
 
 
@@ -101,26 +106,30 @@ def sample_batches(
     method: Method | None,
     cfg_scale: float,
     batch_size: int,
+    precision: Precision,
 ) -> Iterator[Tensor]:
     """What `sample_images` returns, `batch_size` images at a time, on the model's device."""
     if batch_size < 1 or len(labels) < 1:
         raise ValueError(f"batch_size and labels: expected at least 1 of each, got {batch_size} and {len(labels)}")
     objective = objective_for(model) if objective is None else objective
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
-    for start in range(0, len(labels), batch_size):
-        part = labels[start : start + batch_size]
-        noise = torch.empty(len(part), model.in_channels, model.input_size, model.input_size)
-        for image in noise:
-            image.normal_(generator=generator)
-        yield objective.sample(
-            model,
-            noise.to(device),
-            part.to(device),
-            steps=steps,
-            method=method,
-            cfg_scale=cfg_scale,
-            step_noise=_StepNoise(seed, start, noise),
-        )
+    with experts_cast_once(model, precision):
+        for start in range(0, len(labels), batch_size):
+            part = labels[start : start + batch_size]
+            noise = torch.empty(len(part), model.in_channels, model.input_size, model.input_size)
+            for image in noise:
+                image.normal_(generator=generator)
+            with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
+                samples = objective.sample(
+                    model,
+                    noise.to(device),
+                    part.to(device),
+                    steps=steps,
+                    method=method,
+                    cfg_scale=cfg_scale,
+                    step_noise=_StepNoise(seed, start, noise),
+                )
+            yield samples
 
 
 class _StepNoise:
@@ -183,7 +192,15 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
         columns = min(len(classes), config.num_samples, GRID_COLUMNS)
         headings = [str(label) for label in classes[:columns]] if columns == len(classes) else []
     batches = sample_batches(
-        model, labels, trained.objective, config.seed, config.steps, config.method, cfg_scale, config.batch_size
+        model,
+        labels,
+        trained.objective,
+        config.seed,
+        config.steps,
+        config.method,
+        cfg_scale,
+        config.batch_size,
+        config.precision,
     )
     images = torch.cat([to_images(batch, decoder) for batch in batches])
     output = Path(config.output)

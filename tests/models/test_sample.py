@@ -61,7 +61,8 @@ def test_files_hold_balanced_samples(run, tmp_path, capsys):
 def test_options_change_the_samples(run, tmp_path):
     base = sample(run, tmp_path)["arr_0"]
     assert np.array_equal(sample(run, tmp_path)["arr_0"], base)
-    for change in (["--seed", "1"], ["--weights", "model"], ["--method", "heun"], ["--cfg-scale", "4"]):
+    options = (["--seed", "1"], ["--weights", "model"], ["--method", "heun"], ["--cfg-scale", "4"])
+    for change in (*options, ["--precision", "bfloat16"]):
         assert not np.array_equal(sample(run, tmp_path, *change)["arr_0"], base), change
 
 

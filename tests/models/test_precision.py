@@ -1,0 +1,84 @@
+"""Sampling in bfloat16: the experts' weights are cast once, and come back as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffmoe_kernels.modules import Experts
+from diffmoe_kernels.testing import relative_error
+from diffmoe_kernels.triton_support import HAS_TRITON
+from models import create_model
+from models.precision import experts_cast_once
+from models.sample import sample_images
+
+LABELS = torch.tensor([0, 1])
+
+
+class Casts(TorchDispatchMode):
+    """Counts the copies to bfloat16 of tensors with three dimensions of given shapes."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].shape in self.shapes:
+            self.count += (kwargs or {}).get("dtype") == torch.bfloat16
+        return function(*args, **(kwargs or {}))
+
+
+def model_of(name: str, **options: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = create_model(name, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def expert_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [one for part in model.modules() if isinstance(part, Experts) for one in part.parameters()]
+
+
+@pytest.mark.parametrize("name", ["DSMoE-digits", "DiffMoE-digits", "JiTMoE-digits"])
+def test_cast_once_for_all_steps_and_batches(name):
+    model = model_of(name)
+    masters = [one.detach().clone() for one in expert_weights(model)]
+    matrices = [one for one in expert_weights(model) if one.dim() == 3]
+    with Casts({one.shape for one in matrices}) as casts:
+        low = sample_images(model, LABELS, steps=2, batch_size=1, precision="bfloat16")
+    assert casts.count == len(matrices) > 0
+    assert all(torch.equal(one, master) for one, master in zip(expert_weights(model), masters, strict=True))
+    assert all(one.dtype == torch.float32 for one in model.parameters())
+    full = sample_images(model, LABELS, steps=2, batch_size=1)
+    assert low.dtype == torch.float32
+    assert 0 < relative_error(low, full) < 0.1
+
+
+def test_the_same_as_casting_at_every_call():
+    model = model_of("DSMoE-digits")
+    with torch.autocast("cpu", torch.bfloat16):
+        each = sample_images(model, LABELS, steps=2)
+    assert torch.equal(sample_images(model, LABELS, steps=2, precision="bfloat16"), each)
+
+
+def test_masters_come_back_after_an_error():
+    model = model_of("DSMoE-digits")
+    with pytest.raises(RuntimeError, match="stop"), experts_cast_once(model, "bfloat16"):
+        assert {one.dtype for one in expert_weights(model)} == {torch.bfloat16}
+        raise RuntimeError("stop")
+    assert {one.dtype for one in expert_weights(model)} == {torch.float32}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_the_kernels_cast_nothing_meanwhile():
+    layer = Experts(16, 8, 3, backend="triton")
+    from diffmoe_kernels import Routing
+
+    routing = Routing.from_topk(torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2), 3)
+    shapes = {one.shape for one in layer.parameters()}
+    with torch.no_grad(), experts_cast_once(layer, "bfloat16"), Casts(shapes) as casts:
+        layer(torch.randn(2, 16, dtype=torch.bfloat16), routing)
+    assert casts.count == 0
