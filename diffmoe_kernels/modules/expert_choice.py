@@ -212,6 +212,8 @@ class ExpertChoiceMoE(Float32Buffers):
         """Once, since it reads values: thresholds of 0 send every token to every expert."""
         if self._thresholds_seen or torch.compiler.is_compiling() or self.expert_threshold.is_meta:
             return
+        if self.expert_threshold.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
         self._thresholds_seen = True
         if not self.expert_threshold.any():
             warnings.warn(
