@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.routing import Routing
 
 _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}  # transformers' and torch's classes
 
@@ -66,7 +65,7 @@ def experts_forward(
         biases = {"up_bias": getattr(experts, f"{up_name}_bias"), "down_bias": experts.down_proj_bias}
     num_experts = down_proj.shape[0]
     ids = top_k_index.where(top_k_index < num_experts, -1)
-    routing = Routing.from_topk(ids, top_k_weights, num_experts)
+    routing = ops.routing_from_topk(ids, top_k_weights, num_experts, backend=backend)
     y = ops.experts(hidden_states, routing, up_proj, down_proj, **biases, activation=activation, backend=backend)
     return y.to(hidden_states.dtype)
 

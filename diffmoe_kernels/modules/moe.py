@@ -196,8 +196,11 @@ class MoE(nn.Module):
             return choice.routing, choice.topk_ids.new_zeros((), dtype=torch.int64)
         num_experts = self.router.num_experts
         capacity = expert_capacity(choice.topk_ids.numel(), num_experts, self.capacity_factor)
-        ids, num_dropped = ops.token_choice_drop(choice.topk_ids, choice.topk_weights, num_experts, capacity)
-        return Routing.from_topk(ids, choice.topk_weights, num_experts), num_dropped
+        backend = self.router.backend
+        ids, num_dropped = ops.token_choice_drop(
+            choice.topk_ids, choice.topk_weights, num_experts, capacity, backend=backend
+        )
+        return ops.routing_from_topk(ids, choice.topk_weights, num_experts, backend=backend), num_dropped
 
     def _aux(self, choice: ops.RouterTopK, num_dropped: Tensor) -> MoEAux:
         load = choice.routing.group_sizes.float()

@@ -5,7 +5,7 @@ from diffmoe_kernels.ops.experts import experts
 from diffmoe_kernels.ops.grouped_gemm import grouped_gemm
 from diffmoe_kernels.ops.permute import permute, unpermute
 from diffmoe_kernels.ops.rope_attention import rope_attention, rope_table
-from diffmoe_kernels.ops.router_topk import RouterTopK, router_topk
+from diffmoe_kernels.ops.router_topk import RouterTopK, router_topk, routing_from_topk
 from diffmoe_kernels.ops.token_drop import (
     capacity_loss,
     capacity_quantile,
@@ -27,6 +27,7 @@ __all__ = [
     "rope_attention",
     "rope_table",
     "router_topk",
+    "routing_from_topk",
     "token_choice_drop",
     "token_drop",
     "token_drop_predicted",

@@ -1,4 +1,4 @@
-"""Token choice: each token takes its top-k experts."""
+"""Token choice: each token takes its top-k experts, by its logits or by choices that are given."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, plain, run
-from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape
+from diffmoe_kernels.checks import check_choice, check_floating, check_integer, check_same_device, check_shape
 from diffmoe_kernels.ops.router_topk.reference import RouterTopK, router_topk_reference
+from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
 
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
@@ -71,6 +72,34 @@ def router_topk(
     )
 
 
+def routing_from_topk(
+    topk_ids: Tensor, topk_weights: Tensor, num_experts: int, *, backend: Backend = "auto"
+) -> Routing:
+    """`Routing.from_topk`, its definition, with a choice of backend: for routers of one's own.
+
+    Args:
+        topk_ids: (T, K) integer, the experts of each token in [0, E), unchecked; a negative id is a dropped slot.
+        topk_weights: (T, K) floating, the weight of each slot; the gradient of ``gates`` flows back to it.
+        num_experts: E.
+        backend: see `diffmoe_kernels.backend`.
+
+    Returns:
+        A record of R = T * K rows.
+
+    Raises:
+        TypeError: ids that are not integers or weights that are not floating.
+        ValueError: shapes that differ or are not (T, K), different devices, or num_experts < 1.
+    """
+    check_integer("topk_ids", topk_ids)
+    check_floating("topk_weights", topk_weights)
+    check_shape("topk_ids", topk_ids, "T", "K")
+    check_shape("topk_weights", topk_weights, *topk_ids.shape)
+    check_same_device(topk_ids=topk_ids, topk_weights=topk_weights)
+    if num_experts < 1:
+        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    return run("routing_from_topk", backend, _FROM_TOPK, topk_ids, topk_weights, num_experts)
+
+
 def check_router(
     num_experts: int,
     top_k: int,
@@ -102,8 +131,14 @@ def _why_not(router_logits: Tensor, top_k: int, **options: object) -> str | None
 
 
 _IMPLEMENTATIONS = plain(router_topk_reference)
+_FROM_TOPK = plain(Routing.from_topk)
 if HAS_TRITON:
-    from diffmoe_kernels.ops.router_topk._library import router_topk_triton
+    from diffmoe_kernels.ops.router_topk._library import router_topk_triton, routing_from_topk_triton
     from diffmoe_kernels.ops.router_topk._triton import MAX_EXPERTS
 
     _IMPLEMENTATIONS = {"triton": Implementation(router_topk_triton, _why_not, automatic=False), **_IMPLEMENTATIONS}
+
+    def _why_not_from_topk(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> str | None:
+        return why_not_triton(topk_weights)
+
+    _FROM_TOPK["triton"] = Implementation(routing_from_topk_triton, _why_not_from_topk, automatic=False)

@@ -151,19 +151,29 @@ def _choose_kernel(
     tl.store(masks + experts * num_blocks + block, block_masks.to(tl.int32, bitcast=True), mask=real)
 
 
-# masks (E, B) -> begins (E, B): rows of the expert's earlier blocks, totals (E,): all its rows
+# masks (L, B), of each list, here an expert's tokens, its members -> begins (L, B): how many are in its earlier blocks,
+# totals (L,): how many in all
 @triton.jit
 def _scan_kernel(masks, begins, totals, num_blocks, BLOCK: tl.constexpr):
-    expert = tl.program_id(0)
+    own = tl.program_id(0)
     total = tl.zeros((), tl.int32)
     for start in range(0, num_blocks, BLOCK):
         blocks = start + tl.arange(0, BLOCK)
         inside = blocks < num_blocks
-        at = expert * num_blocks + blocks
+        at = own * num_blocks + blocks
         count = _bits(tl.load(masks + at, mask=inside, other=0).to(tl.uint32, bitcast=True))
         tl.store(begins + at, total + tl.cumsum(count, 0) - count, mask=inside)
         total += tl.sum(count, 0)
-    tl.store(totals + expert, total)
+    tl.store(totals + own, total)
+
+
+@triton.jit
+def rank_in_list(masks, begins, lists, places, num_blocks, mask, BLOCK: tl.constexpr):
+    """How many members of a list come before a place: those in earlier blocks, and the earlier bits of its own."""
+    at = lists * num_blocks + places // BLOCK
+    earlier = (tl.full(places.shape, 1, tl.uint32) << (places % BLOCK).to(tl.uint32)) - 1
+    members = tl.load(masks + at, mask=mask, other=0).to(tl.uint32, bitcast=True)
+    return tl.load(begins + at, mask=mask, other=0) + _bits(members & earlier)
 
 
 # scores (T, E), topk_ids (T, K), masks (E, B), begins (E, B), totals (E,) -> topk_weights (T, K), token_indices (R,),
@@ -214,15 +224,20 @@ def _place_kernel(
     weight *= scaling_factor
 
     begin_of_expert = tl.gather(ends - total, tl.reshape(ids, (PLACE_T * BLOCK_K,)), 0)
-    at = ids * num_blocks + (tokens // BLOCK_T)[:, None]
-    earlier = (tl.full((PLACE_T,), 1, tl.uint32) << (tokens % BLOCK_T).to(tl.uint32)) - 1
-    chosen = tl.load(masks + at, mask=mask, other=0).to(tl.uint32, bitcast=True)
-    rows = tl.load(begins + at, mask=mask, other=0) + _bits(chosen & earlier[:, None])
+    rows = rank_in_list(masks, begins, ids, tokens[:, None], num_blocks, mask, BLOCK_T)
     rows += tl.reshape(begin_of_expert, (PLACE_T, BLOCK_K))
     tl.store(topk_weights + slots, weight, mask=mask)
     tl.store(token_rows + slots, rows, mask=mask)
     tl.store(token_indices + rows, tl.broadcast_to(tokens[:, None], rows.shape), mask=mask)
     tl.store(gates + rows, weight, mask=mask)
+
+
+def scan(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Launches `_scan_kernel` on (lists, B) masks and returns (lists, B) begins and (lists,) totals."""
+    num_lists, num_blocks = masks.shape
+    begins, totals = torch.empty_like(masks), masks.new_empty(num_lists)
+    _scan_kernel[(num_lists,)](masks, begins, totals, num_blocks, min(next_power_of_2(num_blocks), SCAN), num_warps=8)
+    return begins, totals
 
 
 def outputs_of(router_logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
@@ -273,7 +288,6 @@ def route(
         return outputs
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)
     masks = group_offsets.new_empty(num_experts, num_blocks)
-    begins, totals = torch.empty_like(masks), torch.empty_like(group_offsets)
     if top_groups == num_groups:
         num_groups = top_groups = 1
     width = next_power_of_2(num_experts // num_groups)
@@ -301,7 +315,7 @@ def route(
         vector,
         num_warps=1,
     )
-    _scan_kernel[(num_experts,)](masks, begins, totals, num_blocks, min(next_power_of_2(num_blocks), SCAN), num_warps=8)
+    begins, totals = scan(masks)
     _place_kernel[(triton.cdiv(num_tokens, PLACE_T),)](
         scores,
         topk_ids,

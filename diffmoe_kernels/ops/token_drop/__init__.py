@@ -147,7 +147,7 @@ def token_choice_drop(
     The bound is that of Switch Transformers (arXiv:2101.03961) and MegaBlocks' dropping layers; those drop by position.
 
     Args:
-        topk_ids: (T, K) integer; negative where a slot is dropped already.
+        topk_ids: (T, K) signed integer; negative where a slot is dropped already.
         drop_scores: (T, K) floating: what ranks an expert's choices, usually topk_weights. No gradient flows to it.
         num_experts: E.
         expert_capacity: choices that an expert keeps, usually int(K * T / E * capacity_factor).
@@ -158,10 +158,12 @@ def token_choice_drop(
         Ties keep the lower token index.
 
     Raises:
-        TypeError: ids that are not integers or scores that are not floating.
+        TypeError: ids that are not signed integers or scores that are not floating.
         ValueError: shapes that differ, or a negative capacity.
     """
     check_integer("topk_ids", topk_ids)
+    if not topk_ids.dtype.is_signed:
+        raise TypeError(f"topk_ids: expected a signed dtype, for -1 in the dropped slots, got {topk_ids.dtype}")
     check_floating("drop_scores", drop_scores)
     check_shape("topk_ids", topk_ids, "T", "K")
     check_shape("drop_scores", drop_scores, *topk_ids.shape)
@@ -195,7 +197,11 @@ if HAS_TRITON:
     def _why_not_predicted(scores: Tensor, logits: Tensor, thresholds: Tensor, *others: object) -> str | None:
         return why_not_triton(scores) or why_not_triton(logits) or why_not_triton(thresholds)
 
+    def _why_not_choice(topk_ids: Tensor, drop_scores: Tensor, *others: object) -> str | None:
+        return why_not_triton(drop_scores)
+
     _TOKEN_DROP["triton"] = Implementation(_library.token_drop_triton, _why_not, automatic=False)
     _PREDICTED["triton"] = Implementation(_library.token_drop_predicted_triton, _why_not_predicted, automatic=False)
+    _TOKEN_CHOICE["triton"] = Implementation(_library.token_choice_drop_triton, _why_not_choice, automatic=False)
     _CAPACITY_LOSS["triton"] = Implementation(_library.capacity_loss_triton, _why_not, automatic=False)
     _CAPACITY_QUANTILE["triton"] = Implementation(_library.capacity_quantile_triton, _why_not, automatic=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.ops.token_drop import _capacity, _triton
+from diffmoe_kernels.ops.token_drop import _capacity, _choice, _triton
 from diffmoe_kernels.routing import Routing
 
 # The fields of a Routing, but the gates first: opcheck adds to the first output, which so must be floating.
@@ -106,6 +106,18 @@ def _(logits, expert_capacity):
     return logits.new_empty(logits.shape[1], dtype=torch.float32)
 
 
+@torch.library.custom_op("diffmoe_kernels::token_choice_drop", mutates_args=())
+def _token_choice_drop(
+    topk_ids: Tensor, scores: Tensor, num_experts: int, expert_capacity: int
+) -> tuple[Tensor, Tensor]:
+    return _choice.drop_choices(topk_ids, scores, num_experts, expert_capacity)
+
+
+@_token_choice_drop.register_fake
+def _(topk_ids, scores, num_experts, expert_capacity):
+    return torch.empty_like(topk_ids), topk_ids.new_empty((), dtype=torch.int64)
+
+
 def token_drop_triton(router_scores: Tensor, expert_capacity: int, num_pools: int) -> Routing:
     gates, token_indices, *offsets = _token_drop(router_scores.contiguous(), expert_capacity, num_pools)
     return Routing(token_indices, gates, *offsets)
@@ -128,6 +140,12 @@ def capacity_loss_triton(capacity_logits: Tensor, routing: Routing) -> Tensor:
 
 def capacity_quantile_triton(capacity_logits: Tensor, expert_capacity: int) -> Tensor:
     return _capacity_quantile(capacity_logits.detach().contiguous(), expert_capacity)
+
+
+def token_choice_drop_triton(
+    topk_ids: Tensor, drop_scores: Tensor, num_experts: int, expert_capacity: int
+) -> tuple[Tensor, Tensor]:
+    return _token_choice_drop(topk_ids.contiguous(), drop_scores.detach().contiguous(), num_experts, expert_capacity)
 
 
 def _maps_like(scores: Tensor, num_rows: int) -> Maps:

@@ -188,16 +188,23 @@ def _first_digit_kernel(
         tl.store(num_passed + place, passed_here)
 
 
+# count (256,) of each digit -> that of the rank-th largest, its rank among those with the same
+@triton.jit
+def settle_digit(count, rank):
+    at_or_above = tl.sum(count, 0) - tl.cumsum(count, 0) + count
+    digit = tl.sum((at_or_above >= rank).to(tl.int32), 0) - 1
+    above = tl.sum(tl.where(tl.arange(0, 256) == digit, at_or_above - count, 0), 0)
+    return digit, rank - above
+
+
 # histograms (P * E, PARTS, 256); cut, rank: what earlier digits fixed -> the cut with this digit, rank among its equals
 @triton.jit
-def _settle_digit(histograms, segment, cut, rank, SHIFT: tl.constexpr, PARTS: tl.constexpr):
+def _settle_next(histograms, segment, cut, rank, SHIFT: tl.constexpr, PARTS: tl.constexpr):
     digits = tl.arange(0, 256)
     parts = segment * PARTS + tl.arange(0, PARTS)
     count = tl.sum(tl.load(histograms + parts[:, None] * 256 + digits[None, :]), 0)
-    at_or_above = tl.sum(count, 0) - tl.cumsum(count, 0) + count
-    digit = tl.sum((at_or_above >= rank).to(tl.int32), 0) - 1
-    above = tl.sum(tl.where(digits == digit, at_or_above - count, 0), 0)
-    return cut ^ (digit << SHIFT), rank - above
+    digit, rank = settle_digit(count, rank)
+    return cut ^ (digit << SHIFT), rank
 
 
 # keys (E, T), histograms (4, P * E, PARTS, 256), num_passed (P * E, PARTS), cuts, ranks (5, P * E)
@@ -238,7 +245,7 @@ def _next_digit_kernel(
         cut = tl.load(cuts + (STEP - 1) * num_segments + segment)
         rank = tl.load(ranks + (STEP - 1) * num_segments + segment)
     before = histograms + (STEP - 1) * num_segments * (PARTS * 256)
-    cut, rank = _settle_digit(before, segment, cut, rank, 32 - 8 * STEP, PARTS)
+    cut, rank = _settle_next(before, segment, cut, rank, 32 - 8 * STEP, PARTS)
     tl.store(cuts + STEP * num_segments + segment, cut, mask=part == 0)
     tl.store(ranks + STEP * num_segments + segment, rank, mask=part == 0)
 
