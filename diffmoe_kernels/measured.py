@@ -18,6 +18,7 @@ FILE = Path(__file__).with_name("measured.json")
 FEW_ROWS, SOME_ROWS = 32, 128  # of an average expert
 NARROW = 512  # intermediate size of fine-grained experts
 MANY_TOKENS = 4096
+SHORT = 512  # tokens of a sample
 
 Key = tuple[str, str, str, str]  # op, compute capability as in "9.0", dtype, shape class
 
@@ -76,3 +77,10 @@ def experts_class(num_rows: int, num_experts: int, intermediate_size: int, train
     rows = "few" if average <= FEW_ROWS else "some" if average <= SOME_ROWS else "many"
     width = "narrow" if intermediate_size <= NARROW else "wide"
     return f"{rows} rows, {width}, {'training' if training else 'inference'}"
+
+
+def attention_class(num_tokens: int, head_dim: int, qk_norm: bool, training: bool) -> str:
+    """Of attention: how long, how wide a head, whether q and k are normalised, and whether there is a backward."""
+    length = "short" if num_tokens <= SHORT else "long"
+    norm = "QK norm" if qk_norm else "no norm"
+    return f"{length}, heads of {head_dim}, {norm}, {'training' if training else 'inference'}"

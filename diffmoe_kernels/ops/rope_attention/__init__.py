@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape, compute_dtype
+from diffmoe_kernels.measured import attention_class, fastest
 from diffmoe_kernels.ops.rope_attention._torch import rope_attention_torch
 from diffmoe_kernels.ops.rope_attention.reference import rope_attention_reference
 from diffmoe_kernels.ops.rope_attention.tables import ROPES, check_rope, rope_table
+from diffmoe_kernels.triton_support import HAS_TRITON
 
 QK_NORMS = ("layernorm", "rmsnorm")
 
@@ -48,7 +51,8 @@ def rope_attention(
         q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias: (d,) floating, learnable scale and shift of the norms.
         norm_eps: added to the norms' mean square.
         scale: of the scores; d^-0.5 where None.
-        backend: "reference", "torch" (scaled_dot_product_attention) or "auto".
+        backend: "reference", "torch" (scaled_dot_product_attention), "triton" (all of it in the kernels; up to 128
+            channels a head, no gradient by cos and sin) or "auto".
 
     Returns:
         (B, N, H * d) in qkv's dtype, or autocast's. Norms, rotation and softmax are float32.
@@ -118,7 +122,23 @@ def rope_attention(
     )
 
 
+def _shape_class(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, **options: object) -> str:
+    training = torch.is_grad_enabled() and qkv.requires_grad
+    return attention_class(qkv.shape[1], qkv.shape[3], options["qk_norm"] is not None, training)
+
+
 _IMPLEMENTATIONS = {
     "torch": Implementation(rope_attention_torch),
     "reference": Implementation(rope_attention_reference),
 }
+if HAS_TRITON:
+    from diffmoe_kernels.ops.rope_attention import _library
+
+    _IMPLEMENTATIONS = {
+        "triton": Implementation(
+            _library.rope_attention_triton,
+            _library.why_not,
+            automatic=fastest("rope_attention", "triton", _shape_class),
+        ),
+        **_IMPLEMENTATIONS,
+    }
