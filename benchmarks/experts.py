@@ -1,0 +1,158 @@
+"""The experts of the published models: training, forward and backward, and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.registry import BOTH, FORWARD, Build, Case, Provider, Shape, Where, normal
+from diffmoe_kernels import Routing, ops
+from diffmoe_kernels.modules import FeedForward
+
+# Batch 64 to 256 of 256 tokens, the sizes that the models train at.
+TRAINING = {
+    "DSMoE-L-E16": Shape(16384, 1024, 2048, 16, 2),
+    "DSMoE-L-E48": Shape(16384, 1024, 448, 48, 5),
+    "DSMoE-S-E48": Shape(65536, 384, 128, 48, 5),
+    "DiffMoE-L-E8": Shape(16384, 1024, 4096, 8, 1, "gelu_tanh"),
+}
+SAMPLING_TOKENS = (512, 2048)
+
+
+class Experts(nn.Module):
+    """Weights and fixed choices of one layer's experts; ``compute`` says who computes with them.
+
+    The index arrays are given: what making them costs is timed with the routing and with whole layers. The gates are
+    parameters, since a router wants their gradient.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, rounded: torch.dtype, compute: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.shape, self.compute = shape, compute
+        sizes = {
+            "up": (shape.experts, shape.width, shape.hidden),
+            "down": (shape.experts, shape.hidden, shape.inner),
+        }
+        for name, size in sizes.items():
+            weight = torch.randn(size) / size[-1] ** 0.5
+            bias = torch.randn(size[:2]) if shape.activation == "gelu_tanh" else None
+            for key, value in ((name, weight), (f"{name}_bias", bias)):
+                # Masters hold what the dtype can, so that one reference fits both.
+                self.register_parameter(key, None if value is None else nn.Parameter(value.to(rounded).to(dtype)))
+        weights, ids = torch.rand(shape.tokens, shape.experts).topk(shape.top_k)
+        routing = Routing.from_topk(ids, weights, shape.experts)
+        self.topk_weights, self.gates = nn.Parameter(weights), nn.Parameter(routing.gates)
+        self.register_buffer("topk_ids", ids)
+        for name in ("token_indices", "group_offsets", "token_offsets", "token_rows"):
+            self.register_buffer(name, getattr(routing, name))
+
+    @property
+    def routing(self) -> Routing:
+        return Routing(self.token_indices, self.gates, self.group_offsets, self.token_offsets, self.token_rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+
+def ours(backend: str) -> Callable[[Experts, Tensor], Tensor]:
+    def compute(module: Experts, x: Tensor) -> Tensor:
+        biases = {"up_bias": module.up_bias, "down_bias": module.down_bias}
+        how = {"activation": module.shape.activation, "backend": backend}
+        return ops.experts(x, module.routing, module.up, module.down, **biases, **how)
+
+    return compute
+
+
+def exact(module: Experts, x: Tensor) -> Tensor:
+    """The definition, in float32."""
+    names = {"up": "up_proj", "down": "down_proj", "up_bias": "up_bias", "down_bias": "down_bias"}
+    weights = {name: getattr(module, own) for own, name in names.items()}
+    weights = {name: weight.float() for name, weight in weights.items() if weight is not None}
+    how = {"activation": module.shape.activation, "backend": "reference"}
+    return ops.experts(x.float(), module.routing, **weights, **how)
+
+
+def grouped_mm(module: Experts, x: Tensor) -> Tensor:
+    """What a skilled user of plain PyTorch writes for SwiGLU: gather, `grouped_mm` twice, gather again and sum."""
+    rows = x.index_select(0, module.token_indices)  # (R, D)
+    gate, up = F.grouped_mm(rows, module.up.mT, offs=module.group_offsets).chunk(2, dim=-1)
+    rows = F.grouped_mm(F.silu(gate) * up, module.down.mT, offs=module.group_offsets)
+    return gather_sum(rows, module.gates, module.token_rows, module.shape.top_k)
+
+
+def gather_sum(rows: Tensor, gates: Tensor, token_rows: Tensor, top_k: int) -> Tensor:
+    """(R, D) -> (T, D), each token's K rows weighted with their gates, in plain PyTorch."""
+    weighted = rows.index_select(0, token_rows) * gates.index_select(0, token_rows).unsqueeze(1)
+    return weighted.unflatten(0, (-1, top_k)).sum(1).to(rows.dtype)
+
+
+def loop(module: Experts, x: Tensor) -> Tensor:
+    """What the published models run: expert after expert, each finding its tokens, which waits for the device."""
+    out = torch.zeros_like(x)
+    for expert, (up, down) in enumerate(zip(module.up, module.down, strict=True)):
+        tokens, slots = torch.where(module.topk_ids == expert)
+        gate, value = (x[tokens] @ up.T).chunk(2, dim=-1)
+        rows = (F.silu(gate) * value) @ down.T
+        out.index_add_(0, tokens, (rows * module.topk_weights[tokens, slots, None]).to(x.dtype))
+    return out
+
+
+def of(compute: Callable[[Experts, Tensor], Tensor]) -> Build:
+    return lambda shape, where, dtype: Experts(shape, dtype, where.dtype, compute)
+
+
+def dense(shape: Shape, where: Where, dtype: torch.dtype) -> nn.Module:
+    """One network for all tokens, K times as wide: the same floating-point operations without any routing."""
+    bias = shape.activation == "gelu_tanh"
+    return FeedForward(shape.hidden, shape.inner * shape.top_k, activation=shape.activation, bias=bias, dtype=dtype)
+
+
+def tokens(shape: Shape, where: Where) -> Tensor:
+    """(T, D), which takes a gradient."""
+    return normal(where, shape.tokens, shape.hidden).to(where.dtype).requires_grad_()
+
+
+def cost(shape: Shape, direction: str, size: int) -> tuple[int, int]:
+    """2 R D (U + I) operations forward, twice that again backward.
+
+    Least bytes: tokens and weights read once and the result written, forward; backward as well the result's gradient
+    read and the gradients of tokens and weights written. What passes from one product to the next is left out.
+    """
+    passes = 3 if direction == BOTH else 1
+    flops = 2 * shape.rows * shape.hidden * (shape.width + shape.inner) * passes
+    elements = 2 * shape.tokens * shape.hidden + shape.experts * shape.hidden * (shape.width + shape.inner)
+    return flops, elements * size * (2 if direction == BOTH else 1)
+
+
+def cases(where: Where) -> list[Case]:
+    compiled = where.compiler is not None
+    ceiling = Provider(dense, compiled=compiled, ceiling=True)
+    masters = {
+        "dense, float32 masters": replace(ceiling, masters=True),
+        "triton, float32 masters": Provider(of(ours("triton")), "triton", masters=True),
+    }
+    plain = {"grouped_mm": Provider(of(grouped_mm), compiled=compiled)}
+    backends = {
+        "triton": Provider(of(ours("triton")), "triton"),
+        "torch": Provider(of(ours("torch")), "torch"),
+    }
+    backend_compiled = {"torch, compiled": Provider(of(ours("torch")), "torch", compiled=True)}
+    official = {"loop": Provider(of(loop), captured=False)}
+    found = []
+    for direction in (BOTH, FORWARD):
+        for name, shape in TRAINING.items():
+            providers = {"dense": ceiling, **backends}
+            if shape.activation == "swiglu":  # of the other the whole layer is timed, with all who compute it
+                providers |= plain | backend_compiled | (masters if direction == BOTH else {})
+            found.append(Case("experts", name, direction, shape, providers, tokens, of(exact), cost))
+    for name in ("DSMoE-L-E16", "DSMoE-L-E48"):
+        for count in SAMPLING_TOKENS:
+            shape = replace(TRAINING[name], tokens=count)
+            providers = {"triton": backends["triton"], **plain, **official}
+            name_of_case = f"{name}, sampling {count}"
+            found.append(Case("experts", name_of_case, FORWARD, shape, providers, tokens, of(exact), cost))
+    return found

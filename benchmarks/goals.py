@@ -1,0 +1,198 @@
+"""What was aimed at and what a run reached: ``python -m benchmarks.goals results.json`` prints a Markdown table.
+
+The file is what ``pytest benchmarks --benchmark-json=results.json`` wrote. A goal bounds ours against a baseline of the
+same run, or by itself; goals are set for an H200 in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORWARD, BOTH = "forward", "forward+backward"
+OURS = ("triton", "torch")  # as called, not compiled: what backend="auto" may take
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One bound.
+
+    Attributes:
+        op, name, direction: the case that shows it.
+        limit: of ours over the baseline, or of ours itself where ``unit`` is given.
+        unit: None, "ms" or "MiB" (saved for the backward).
+        ours: providers of this project; the fastest counts.
+        baseline: providers that all must be there, the fastest counts; "copy" is a copy of the case's least bytes.
+        today: the best that a user has without this project.
+        baseline_op: the baselines' and today's case, where it is another op's.
+    """
+
+    op: str
+    name: str
+    direction: str
+    limit: float | None
+    unit: str | None = None
+    ours: tuple[str, ...] = OURS
+    baseline: tuple[str, ...] = ("dense",)
+    today: tuple[str, ...] = ("grouped_mm",)
+    baseline_op: str | None = None
+
+    @property
+    def work(self) -> str:
+        what = "saved for backward" if self.unit == "MiB" else self.direction
+        masters = ", float32 masters" if "float32 masters" in self.ours[0] else ""
+        return f"{self.op} {self.name}, {what}{masters}"
+
+    @property
+    def bound(self) -> str:
+        if self.limit is None:
+            return "none set"
+        if self.unit:
+            return f"<= {self.limit:g} {self.unit}"
+        return "ahead" if self.limit == 1 else f"<= {self.limit:g} x"
+
+
+LIMITS = {"DSMoE-L-E16": (1.05, 320), "DSMoE-L-E48": (1.25, 220), "DSMoE-S-E48": (1.25, 260)}
+SAMPLING = [f"{name}, sampling {count}" for name in ("DSMoE-L-E16", "DSMoE-L-E48") for count in (512, 2048)]
+LAYER = {"op": "expert-choice layer", "name": "DiffMoE-L-E8", "baseline": ("dense + predictor",), "today": ("loop",)}
+MASTERS = {"ours": ("triton, float32 masters",), "baseline": ("dense, float32 masters",), "today": ()}
+
+GOALS = [
+    *(Goal("experts", name, BOTH, time) for name, (time, _) in LIMITS.items()),
+    *(Goal("experts", name, BOTH, None, **MASTERS) for name in LIMITS),
+    *(
+        Goal("unpermute", name, FORWARD, 1.3, ours=("triton",), baseline=("copy",), today=("plain, compiled",))
+        for name in ("DSMoE-L-E48", "DSMoE-S-E48")
+    ),
+    Goal(
+        "router_topk",
+        "DSMoE-S-E48",
+        FORWARD,
+        0.03,
+        unit="ms",
+        ours=("triton",),
+        baseline=("argsort + bincount",),
+        today=("argsort + bincount",),
+        baseline_op="routing_from_topk",
+    ),
+    Goal(direction=BOTH, limit=1.15, **LAYER),
+    Goal(direction=FORWARD, limit=0.57, unit="ms", **LAYER),
+    *(
+        Goal("experts", name, FORWARD, 1.0, ours=("triton",), baseline=("loop", "grouped_mm"), today=())
+        for name in SAMPLING
+    ),
+    *(Goal("experts", name, BOTH, memory, unit="MiB") for name, (_, memory) in LIMITS.items()),
+]
+
+
+class Results:
+    """A results file, by case and provider."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.run: Mapping[str, Any] = data.get("run", {})
+        self.date: str = data.get("datetime", "")
+        self.not_run: list[Mapping[str, Any]] = data.get("not_run", [])
+        self.records = {
+            self._key(**one["extra_info"]): {**one["extra_info"], "ms": one["stats"]["median"] * 1e3}
+            for one in data["benchmarks"]
+            if "provider" in one["extra_info"]
+        }
+        self.reasons = {self._key(**one): one["reason"] for one in self.not_run if "provider" in one}
+
+    @staticmethod
+    def _key(op: str, name: str, direction: str, provider: str, **_: object) -> tuple[str, str, str, str]:
+        return op, name, direction, provider
+
+    def find(self, op: str, goal: Goal, provider: str) -> dict[str, Any] | str:
+        """The record, or why there is none."""
+        key = op, goal.name, goal.direction, provider
+        if key not in self.records:
+            return f"{provider}: {self.reasons.get(key, 'not in the file')}"
+        record = self.records[key]
+        return record if record["published_size"] else f"{provider}: not at the published size"
+
+    def fastest(self, op: str, goal: Goal, providers: tuple[str, ...], need_all: bool) -> dict[str, Any] | str:
+        """The fastest provider's record, or why there is none."""
+        found = [self.find(op, goal, provider) for provider in providers]
+        missing = [one for one in found if isinstance(one, str)]
+        if not found or len(missing) == len(found) or (need_all and missing):
+            return "; ".join(missing)
+        return min((one for one in found if not isinstance(one, str)), key=lambda one: one["ms"])
+
+    def baseline(self, goal: Goal, ours: Mapping[str, Any] | str) -> dict[str, Any] | str:
+        if goal.baseline != ("copy",):
+            return self.fastest(goal.baseline_op or goal.op, goal, goal.baseline, need_all=True)
+        bandwidth = self.run.get("ceilings", {}).get("copy_bytes_per_second")
+        if isinstance(ours, str) or not bandwidth:
+            return "no copy was timed" if not bandwidth else ours
+        return {"provider": f"copy at {bandwidth / 1e12:.2f} TB/s", "ms": ours["least_bytes"] / bandwidth * 1e3}
+
+
+def row(goal: Goal, results: Results) -> list[str]:
+    """The table's cells: work, today's best, baseline, ours, ratio, goal, reached or not."""
+    ours = results.fastest(goal.op, goal, goal.ours, need_all=False)
+    baseline = results.baseline(goal, ours)
+    today = results.fastest(goal.baseline_op or goal.op, goal, goal.today, need_all=False)
+    unit = "saved_mib" if goal.unit == "MiB" else "ms"
+    measured = not isinstance(ours, str)
+    ratio = ours[unit] / baseline[unit] if measured and not isinstance(baseline, str) else None
+    value = (ours[unit] if measured else None) if goal.unit else ratio
+    if value is None:
+        verdict = "not measured: " + (ours if not measured else str(baseline))
+    elif goal.limit is None:
+        verdict = "-"
+    elif goal.direction == FORWARD and goal.unit == "ms" and not ours["captured"]:
+        verdict = "**no**: not in a CUDA graph"
+    else:
+        verdict = "yes" if value <= goal.limit else f"**no**, {value / goal.limit:.2f} x the goal"
+    cells = [_cell(one, unit) for one in (today, baseline, ours)]
+    return [goal.work, *cells, "" if ratio is None else f"{ratio:.2f}", goal.bound, verdict]
+
+
+def _cell(record: Mapping[str, Any] | str, unit: str) -> str:
+    if isinstance(record, str):
+        return ""
+    value = f"{record[unit]:.0f} MiB" if unit == "saved_mib" else f"{record[unit]:.3f} ms"
+    return f"{value} ({record['provider']})"
+
+
+def report(data: Mapping[str, Any], goals: list[Goal] | None = None) -> str:
+    """Markdown: what ran where, then the table."""
+    results = Results(data)
+    run = results.run
+    known = [key for key in ("device", "driver", "torch", "triton", "commit") if run.get(key)]
+    machine = ", ".join(f"{key} {run[key]}" for key in known)
+    lines = [f"Measured {results.date[:16]} on {machine or 'an unknown machine'}."]
+    if run.get("changed_files"):
+        lines.append("The checkout had changes that the commit does not hold.")
+    if ceilings := run.get("ceilings"):
+        copy, product = ceilings["copy_bytes_per_second"] / 1e12, ceilings["product_flops_per_second"] / 1e12
+        lines.append(f"Ceilings in the same run: copy {copy:.2f} TB/s, product {product:.0f} TFLOP/s.")
+    failed = [one for one in results.not_run if one["outcome"] == "failed"]
+    skipped = len(results.not_run) - len(failed)
+    lines.append(f"{len(results.records)} measured, {skipped} skipped, {len(failed)} failed.")
+    lines += [f"- failed: {one['test']}: {one['reason']}" for one in failed]
+    head = ["work", "today's best", "baseline", "ours", "ratio to the baseline", "goal", "reached"]
+    rows = [row(goal, results) for goal in (GOALS if goals is None else goals)]
+    lines += ["", *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.goals", description="Goals, and what a run reached.")
+    parser.add_argument("results", type=Path, help="what pytest benchmarks --benchmark-json=FILE wrote")
+    path = parser.parse_args(arguments).results
+    if not path.is_file() or not path.stat().st_size:
+        print(f"benchmarks.goals: {path} has no results: nothing was timed", file=sys.stderr)
+        return 2
+    print(report(json.loads(path.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Every case by every provider; `pytest benchmarks` prints one table a case.
+
+Figures are reported, never asserted. A provider that can't run is skipped with its reason; one whose result is wrong
+has no time. On a CPU shapes are small and say nothing but that it all runs.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.cases import all_cases
+from benchmarks.registry import CPU, GPU, Case
+
+WHERE = GPU if torch.cuda.is_available() else CPU
+PAIRS = {
+    f"{case.op}, {case.name}, {case.direction}, {provider}": (case, provider)
+    for case in all_cases(WHERE)
+    for provider in case.providers
+}
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back() -> Iterator[None]:
+    yield
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.benchmark(timer=measure.CLOCK)
+@pytest.mark.parametrize(("case", "provider"), PAIRS.values(), ids=PAIRS.keys())
+def test_speed(benchmark, request, spent, ceilings, case: Case, provider: str) -> None:
+    how = case.providers[provider]
+    facts = {**case.facts(provider, WHERE), "device": torch.cuda.get_device_name() if WHERE is GPU else "cpu"}
+    facts["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability())) if WHERE is GPU else None
+    request.node.user_properties.append(("facts", facts))
+    reason = how.why_not(WHERE) or spent
+    if reason:
+        pytest.skip(reason)
+    step, measured = measure.prepare(case, how, WHERE)
+    run, timing = measure.timed(step, how.captured, WHERE is GPU)
+    benchmark.group = f"{case.op} {case.name}, {case.direction}, {facts['device']}"
+    benchmark.extra_info |= {**facts, **measured, "timing": timing}
+    benchmark.pedantic(run, rounds=measure.rounds_of(run), warmup_rounds=1)

@@ -1,0 +1,227 @@
+"""The benchmarks at tiny sizes: every case by every provider runs and is right; the table of goals is what a file says.
+
+In bfloat16 as on a GPU, the Triton kernels interpreted; torch.compile's graphs are run as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import goals, measure
+from benchmarks.cases import all_cases
+from benchmarks.registry import BOTH, FORWARD, Case, Shape, Where
+from diffmoe_kernels.triton_support import HAS_TRITON
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny(shape: Shape) -> Shape:
+    return replace(shape, tokens=32, hidden=32, inner=16, experts=min(shape.experts, 8), top_k=min(shape.top_k, 3))
+
+
+TINY = Where("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, tiny, "eager", HAS_TRITON)
+CASES = {f"{case.op}, {case.name}, {case.direction}": case for case in all_cases(TINY)}
+PAIRS = {f"{name}, {provider}": (case, provider) for name, case in CASES.items() for provider in case.providers}
+
+
+@pytest.mark.parametrize(("case", "provider"), PAIRS.values(), ids=PAIRS.keys())
+def test_every_provider_runs_and_is_right(case: Case, provider: str) -> None:
+    how = case.providers[provider]
+    if reason := how.why_not(TINY):
+        pytest.skip(reason)
+    step, measured = measure.prepare(case, how, TINY)
+    step()
+    assert ("saved_mib" in measured) == (case.direction == BOTH)
+    facts = case.facts(provider, TINY)
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["least_bytes"] > 0 and not facts["published_size"]
+
+
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+@pytest.mark.parametrize("name", ["experts, DSMoE-L-E16, forward+backward", "experts, DSMoE-L-E16, forward"])
+def test_a_wrong_result_has_no_time(name, factor) -> None:
+    case = CASES[name]
+    right = case.providers["torch"]
+
+    def wrong(shape, where, dtype):
+        module = right.build(shape, where, dtype)
+        compute = module.compute
+        module.compute = lambda own, x: compute(own, x) * factor
+        return module
+
+    with pytest.raises(AssertionError, match="no time"):
+        measure.prepare(case, replace(right, build=wrong), TINY)
+
+
+def test_a_wrong_record_has_no_time() -> None:
+    case = CASES["token_drop, DiffMoE-L-E8, forward"]
+    right = case.providers["reference"]
+
+    def wrong(shape, where, dtype):
+        module = right.build(shape, where, dtype)
+        function = module.function
+        module.function = lambda scores, *given: function(-scores, *given)
+        return module
+
+    with pytest.raises(AssertionError, match="no time"):
+        measure.prepare(case, replace(right, build=wrong), TINY)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "experts, DSMoE-L-E48, forward+backward",
+        "experts, DSMoE-L-E16, forward",
+        "expert-choice layer, DiffMoE-L-E8, forward+backward",
+    ],
+)
+def test_flops_are_those_that_torch_counts(name) -> None:
+    case = CASES[name]
+    provider = "loop" if "layer" in case.op else "dense"
+    step, _ = measure.prepare(case, replace(case.providers[provider], compiled=False), TINY)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == case.facts(provider, TINY)["flops"]
+
+
+def test_memory_kept_is_counted_once() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh())
+    x = torch.randn(16, 8, requires_grad=True)
+    assert measure.saved_bytes(layer, x) == (16 * 8 + 16 * 4) * 4  # the input and tanh's result; no parameter
+
+
+def test_the_clock_counts_runs_alone() -> None:
+    calls = []
+    run, how = measure.timed(lambda: calls.append(1), captured=True, on_gpu=False)
+    before = measure.CLOCK()
+    run()
+    assert calls and measure.CLOCK() > before and how == "wall time"
+    assert measure.FEWEST_ROUNDS <= measure.rounds_of(run, seconds=0.0) <= measure.MOST_ROUNDS
+
+
+def record(op: str, name: str, direction: str, provider: str, ms: float, **facts) -> dict:
+    key = {"op": op, "name": name, "direction": direction, "provider": provider}
+    facts = {"published_size": True, "captured": True, "least_bytes": 0, **key, **facts}
+    return {"extra_info": facts, "stats": {"median": ms / 1e3}}
+
+
+def results() -> dict:
+    """Goals reached, missed, skipped, and left out."""
+    layer = "expert-choice layer", "DiffMoE-L-E8"
+    return {
+        "datetime": "2026-11-21T08:00:00",
+        "run": {
+            "device": "NVIDIA H200",
+            "ceilings": {"copy_bytes_per_second": 4e12, "product_flops_per_second": 7e14},
+        },
+        "not_run": [
+            {
+                **record("experts", "DSMoE-S-E48", BOTH, "triton", 0)["extra_info"],
+                "test": "test_speed[...]",
+                "outcome": "skipped",
+                "reason": "the Triton kernels need a CUDA device",
+            },
+            {"test": "test_speed[wrong]", "outcome": "failed", "reason": "AssertionError: result is wrong by 3e-01"},
+        ],
+        "benchmarks": [
+            record("experts", "DSMoE-L-E16", BOTH, "dense", 2.0, saved_mib=448.0),
+            record("experts", "DSMoE-L-E16", BOTH, "triton", 2.08, saved_mib=289.0),
+            record("experts", "DSMoE-L-E16", BOTH, "torch", 2.5, saved_mib=577.0),
+            record("experts", "DSMoE-L-E16", BOTH, "grouped_mm", 2.94, saved_mib=577.0),
+            record("experts", "DSMoE-L-E48", BOTH, "dense", 1.2, saved_mib=370.0),
+            record("experts", "DSMoE-L-E48", BOTH, "triton", 1.8, saved_mib=250.0),
+            record("experts", "DSMoE-S-E48", BOTH, "dense", 0.9, saved_mib=480.0),
+            record("unpermute", "DSMoE-L-E48", FORWARD, "triton", 0.06, least_bytes=200_000_000),
+            record("router_topk", "DSMoE-S-E48", FORWARD, "triton", 0.025),
+            record("routing_from_topk", "DSMoE-S-E48", FORWARD, "argsort + bincount", 0.25, captured=False),
+            record(*layer, BOTH, "triton", 1.7),
+            record(*layer, FORWARD, "triton", 0.5, captured=False),
+            record("experts", "DSMoE-L-E16, sampling 512", FORWARD, "triton", 0.1),
+            record("experts", "DSMoE-L-E16, sampling 512", FORWARD, "grouped_mm", 0.2),
+            record("experts", "DSMoE-L-E48, sampling 512", FORWARD, "triton", 0.1),
+            record("experts", "DSMoE-L-E48, sampling 512", FORWARD, "grouped_mm", 0.2),
+            record("experts", "DSMoE-L-E48, sampling 512", FORWARD, "loop", 9.0),
+            {"extra_info": {"model": "DiT-digits"}, "stats": {"median": 1.0}},
+        ],
+    }
+
+
+def table(data: dict) -> dict[str, list[str]]:
+    """The printed table: work -> the other cells."""
+    rows = [line.strip("| ").split(" | ") for line in goals.report(data).splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in rows}
+
+
+def test_goals_of_a_file() -> None:
+    rows = table(results())
+    assert len(rows) == len(goals.GOALS) + 2  # and the head
+    today, baseline, ours, ratio, goal, verdict = rows["experts DSMoE-L-E16, forward+backward"]
+    assert (today, baseline, ours) == ("2.940 ms (grouped_mm)", "2.000 ms (dense)", "2.080 ms (triton)")
+    assert (ratio, goal, verdict) == ("1.04", "<= 1.05 x", "yes")
+    assert rows["experts DSMoE-L-E48, forward+backward"][-1] == "**no**, 1.20 x the goal"
+    skipped = rows["experts DSMoE-S-E48, forward+backward"]
+    assert skipped[2] == "" and "triton: the Triton kernels need a CUDA device" in skipped[-1]
+    assert rows["experts DSMoE-L-E16, saved for backward"][2:] == ["289 MiB (triton)", "0.65", "<= 320 MiB", "yes"]
+    assert rows["experts DSMoE-L-E48, saved for backward"][-1] == "**no**, 1.14 x the goal"
+    assert rows["unpermute DSMoE-L-E48, forward"][1:4] == ["0.050 ms (copy at 4.00 TB/s)", "0.060 ms (triton)", "1.20"]
+    assert rows["router_topk DSMoE-S-E48, forward"][3:] == ["0.10", "<= 0.03 ms", "yes"]
+    assert rows["expert-choice layer DiffMoE-L-E8, forward+backward"][-1].startswith("not measured: dense + predictor")
+    assert rows["expert-choice layer DiffMoE-L-E8, forward"][-1] == "**no**: not in a CUDA graph"
+    assert rows["experts DSMoE-L-E48, sampling 512, forward"][-2:] == ["ahead", "yes"]
+    assert rows["experts DSMoE-L-E16, sampling 512, forward"][-1] == "not measured: loop: not in the file"
+    text = goals.report(results())
+    assert "NVIDIA H200" in text and "17 measured, 1 skipped, 1 failed" in text and "result is wrong" in text
+
+
+def test_goals_need_the_published_sizes() -> None:
+    data = copy.deepcopy(results())
+    for one in data["benchmarks"]:
+        one["extra_info"]["published_size"] = False
+    assert all("not measured" in cells[-1] for cells in list(table(data).values())[2:])
+
+
+def test_goals_name_cases_that_there_are() -> None:
+    for goal in goals.GOALS:
+        case = CASES[f"{goal.op}, {goal.name}, {goal.direction}"]
+        assert set(goal.ours) & set(case.providers)
+        compared = CASES[f"{goal.baseline_op or goal.op}, {goal.name}, {goal.direction}"]
+        assert set(goal.baseline) - {"copy"} | set(goal.today) <= set(compared.providers)
+
+
+def test_goals_of_no_file(tmp_path, capsys) -> None:
+    assert goals.main([str(tmp_path / "none.json")]) == 2
+    assert "nothing was timed" in capsys.readouterr().err
+
+
+def test_a_run_leaves_a_file_that_the_goals_read(tmp_path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "results.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "token_drop", f"--benchmark-json={path}"]
+    environment = {**os.environ, "BENCHMARK_SECONDS": "0.01", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout
+    data = json.loads(path.read_text())
+    assert data["run"]["torch"] == torch.__version__ and "pytest" in data["run"]["command"]
+    assert all(rate > 0 for rate in data["run"]["ceilings"].values())
+    timed = {one["extra_info"]["provider"]: one for one in data["benchmarks"]}
+    assert {"reference", "topk"} <= timed.keys()
+    assert timed["topk"]["stats"]["median"] > 0 and timed["topk"]["extra_info"]["op"] == "token_drop"
+    assert "triton" in timed or [one["reason"] for one in data["not_run"]] == ["the Triton kernels need a CUDA device"]
+    assert all("not measured" in cells[-1] for cells in list(table(data).values())[2:])
+
+
+def test_a_budget_stops_what_has_not_begun() -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "token_drop and reference", "--budget=0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "the budget of 0 s is spent" in done.stdout and " passed" not in done.stdout
