@@ -1,7 +1,7 @@
 """What "auto" takes on a GPU: for each op and shape class the backend that was measured fastest.
 
-The table is ``measured.json``: rows of an op, a compute capability, a dtype, a shape class, the fastest backend, and
-the figures that say so with the file of results they are from. ``python -m benchmarks.prefer results.json`` writes it.
+The table is ``measured.json``: rows of an op, a compute capability, a shape class, the fastest backend, and the figures
+that say so with the file of results they are from. ``python -m benchmarks.prefer results.json`` writes it.
 What is not in it was not measured, and "auto" passes over a kernel there.
 """
 
@@ -20,7 +20,7 @@ NARROW = 512  # intermediate size of fine-grained experts
 MANY_TOKENS = 4096
 SHORT = 512  # tokens of a sample
 
-Key = tuple[str, str, str, str]  # op, compute capability as in "9.0", dtype, shape class
+Key = tuple[str, str, str]  # op, compute capability as in "9.0", shape class
 
 
 def load(file: Path = FILE) -> dict[Key, str]:
@@ -31,7 +31,7 @@ def load(file: Path = FILE) -> dict[Key, str]:
     """
     try:
         rows = json.loads(file.read_text())
-        return {(row["op"], row["capability"], row["dtype"], row["shape_class"]): row["fastest"] for row in rows}
+        return {(row["op"], row["capability"], row["shape_class"]): row["fastest"] for row in rows}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: expected a list of measured rows, got {error!r}") from error
 
@@ -52,8 +52,7 @@ def fastest(op: str, backend: str, shape_class: Callable[..., str]) -> Callable[
         capability = capability_of(first.device)
         if capability is None:
             return False
-        key = (op, capability, str(first.dtype).removeprefix("torch."), shape_class(first, *args, **options))
-        return TABLE.get(key) == backend
+        return TABLE.get((op, capability, shape_class(first, *args, **options))) == backend
 
     return automatic
 
@@ -67,20 +66,29 @@ def capability_of(device: torch.device) -> str | None:
 
 
 def tokens_class(num_tokens: int) -> str:
-    """Of ops whose work is the tokens' alone."""
+    """Of ops whose work is to route tokens."""
     return "many tokens" if num_tokens > MANY_TOKENS else "few tokens"
 
 
-def experts_class(num_rows: int, num_experts: int, intermediate_size: int, training: bool) -> str:
+def movement_class(num_tokens: int, dtype: torch.dtype) -> str:
+    """Of ops whose work is to move tokens."""
+    return f"{_name(dtype)}, {tokens_class(num_tokens)}"
+
+
+def experts_class(num_rows: int, num_experts: int, intermediate_size: int, dtype: torch.dtype, training: bool) -> str:
     """Of the experts' products: rows of an average expert, how wide it is, and whether there is a backward."""
     average = num_rows / num_experts
     rows = "few" if average <= FEW_ROWS else "some" if average <= SOME_ROWS else "many"
     width = "narrow" if intermediate_size <= NARROW else "wide"
-    return f"{rows} rows, {width}, {'training' if training else 'inference'}"
+    return f"{_name(dtype)}, {rows} rows, {width}, {'training' if training else 'inference'}"
 
 
-def attention_class(num_tokens: int, head_dim: int, qk_norm: bool, training: bool) -> str:
+def attention_class(num_tokens: int, head_dim: int, qk_norm: bool, dtype: torch.dtype, training: bool) -> str:
     """Of attention: how long, how wide a head, whether q and k are normalised, and whether there is a backward."""
     length = "short" if num_tokens <= SHORT else "long"
     norm = "QK norm" if qk_norm else "no norm"
-    return f"{length}, heads of {head_dim}, {norm}, {'training' if training else 'inference'}"
+    return f"{_name(dtype)}, {length}, heads of {head_dim}, {norm}, {'training' if training else 'inference'}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from diffmoe_kernels import MoE, Routing, backend, measured, ops
-from diffmoe_kernels.measured import experts_class, fastest, load, tokens_class
+from diffmoe_kernels.measured import attention_class, experts_class, fastest, load, movement_class, tokens_class
 from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED
 
-ROW = {"op": "unpermute", "capability": "9.0", "dtype": "bfloat16", "shape_class": "few tokens", "fastest": "triton"}
+ROW = {"op": "unpermute", "capability": "9.0", "shape_class": "bfloat16, few tokens", "fastest": "triton"}
 
 
 def test_the_table_in_the_package():
@@ -32,36 +32,38 @@ def test_a_broken_table_is_named(tmp_path, text):
 
 
 def test_shape_classes():
-    assert experts_class(32768, 16, 2048, True) == "many rows, wide, training"  # DSMoE-L-E16
-    assert experts_class(2560, 48, 448, False) == "some rows, narrow, inference"  # DSMoE-L-E48, 512 tokens
-    assert experts_class(64, 48, 513, False) == "few rows, wide, inference"
+    low = torch.bfloat16
+    assert experts_class(32768, 16, 2048, low, True) == "bfloat16, many rows, wide, training"  # DSMoE-L-E16
+    assert experts_class(2560, 48, 448, low, False) == "bfloat16, some rows, narrow, inference"  # L-E48 at T = 512
+    assert experts_class(64, 48, 513, torch.float32, False) == "float32, few rows, wide, inference"
+    assert attention_class(288, 64, True, low, False) == "bfloat16, short, heads of 64, QK norm, inference"
     assert tokens_class(4096) == "few tokens" and tokens_class(4097) == "many tokens"
 
 
 def test_fastest_asks_device_dtype_and_class(monkeypatch):
     monkeypatch.setattr(measured, "TABLE", load_rows(ROW))
-    takes = fastest("unpermute", "triton", lambda x: tokens_class(len(x)))
+    takes = fastest("unpermute", "triton", lambda x: movement_class(len(x), x.dtype))
     x = torch.zeros(8, 4, dtype=torch.bfloat16)
     assert not takes(x)  # on a CPU
     monkeypatch.setattr(measured, "capability_of", lambda device: "9.0")
     assert takes(x)
     assert not takes(x.float())
     assert not takes(torch.zeros(5000, 4, dtype=torch.bfloat16))
-    assert not fastest("permute", "triton", lambda x: "few tokens")(x)
-    assert not fastest("unpermute", "cuda", lambda x: "few tokens")(x)
+    assert not fastest("permute", "triton", lambda x: "bfloat16, few tokens")(x)
+    assert not fastest("unpermute", "cuda", lambda x: "bfloat16, few tokens")(x)
     monkeypatch.setattr(measured, "capability_of", lambda device: "8.0")
     assert not takes(x)
 
 
 def load_rows(*rows: dict) -> dict:
-    return {(row["op"], row["capability"], row["dtype"], row["shape_class"]): row["fastest"] for row in rows}
+    return {(row["op"], row["capability"], row["shape_class"]): row["fastest"] for row in rows}
 
 
 @pytest.fixture
 def as_measured(monkeypatch):
     """As on a GPU where the kernels were measured fastest for training, PyTorch for inference."""
     rows = [
-        {**ROW, "op": "experts", "dtype": "float32", "shape_class": f"few rows, narrow, {mode}", "fastest": name}
+        {**ROW, "op": "experts", "shape_class": f"float32, few rows, narrow, {mode}", "fastest": name}
         for mode, name in (("training", "triton"), ("inference", "torch"))
     ]
     monkeypatch.setattr(measured, "TABLE", load_rows(*rows))

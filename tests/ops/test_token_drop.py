@@ -240,7 +240,7 @@ S, THR, INT = torch.zeros(12, 3), torch.zeros(3), torch.zeros(12, 3, dtype=torch
         (ValueError, "expert_capacity: expected 0 or more, got -1", lambda: ops.token_choice_drop(INT, S, 3, -1)),
         (NotImplementedError, "token_drop: there is no 'cuda'", lambda: ops.token_drop(S, 1, backend="cuda")),
         (NotImplementedError, "no 'cuda' backend", lambda: ops.token_drop_predicted(S, S, THR, backend="cuda")),
-        (NotImplementedError, "no 'triton' backend", lambda: ops.token_choice_drop(INT, S, 3, 1, backend="triton")),
+        (NotImplementedError, "no 'cuda' backend", lambda: ops.token_choice_drop(INT, S, 3, 1, backend="cuda")),
     ],
 )
 def test_rejects_bad_input(error, message, call):

@@ -90,7 +90,7 @@ def experts(
 
 def _shape_class(x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor, **_: object) -> str:
     training = torch.is_grad_enabled() and any(one.requires_grad for one in (x, routing.gates, up_proj, down_proj))
-    return experts_class(routing.num_rows, routing.num_experts, down_proj.shape[2], training)
+    return experts_class(routing.num_rows, routing.num_experts, down_proj.shape[2], x.dtype, training)
 
 
 _IMPLEMENTATIONS = {

@@ -80,7 +80,7 @@ def _shape_class(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None)
         return "equal groups"
     num_rows = x.shape[0] if w.dim() == 3 else w.shape[1 if x.dim() == 3 else 0]
     training = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    return experts_class(num_rows, offs.shape[0], min(x.shape[-1], w.shape[-1]), training)
+    return experts_class(num_rows, offs.shape[0], min(x.shape[-1], w.shape[-1]), x.dtype, training)
 
 
 _IMPLEMENTATIONS = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_floating, check_same_device, check_shape
-from diffmoe_kernels.measured import fastest, tokens_class
+from diffmoe_kernels.measured import fastest, movement_class
 from diffmoe_kernels.ops.permute.reference import permute_reference, unpermute_reference
 from diffmoe_kernels.routing import Routing, check_routing
 from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
@@ -65,7 +65,7 @@ def _why_not(x: Tensor, routing: Routing) -> str | None:
 
 
 def _shape_class(x: Tensor, routing: Routing) -> str:
-    return tokens_class(routing.num_tokens)
+    return movement_class(routing.num_tokens, x.dtype)
 
 
 _PERMUTE = plain(permute_reference)

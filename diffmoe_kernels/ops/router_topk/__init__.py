@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_integer, check_same_device, check_shape
+from diffmoe_kernels.measured import fastest, tokens_class
 from diffmoe_kernels.ops.router_topk.reference import RouterTopK, router_topk_reference
 from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
@@ -130,15 +131,23 @@ def _why_not(router_logits: Tensor, top_k: int, **options: object) -> str | None
     return why_not_triton(router_logits)
 
 
+def _shape_class(first: Tensor, *args: object, **options: object) -> str:
+    return tokens_class(first.shape[0])
+
+
 _IMPLEMENTATIONS = plain(router_topk_reference)
 _FROM_TOPK = plain(Routing.from_topk)
 if HAS_TRITON:
     from diffmoe_kernels.ops.router_topk._library import router_topk_triton, routing_from_topk_triton
     from diffmoe_kernels.ops.router_topk._triton import MAX_EXPERTS
 
-    _IMPLEMENTATIONS = {"triton": Implementation(router_topk_triton, _why_not, automatic=False), **_IMPLEMENTATIONS}
+    _KERNEL = Implementation(router_topk_triton, _why_not, fastest("router_topk", "triton", _shape_class))
+    _IMPLEMENTATIONS = {"triton": _KERNEL, **_IMPLEMENTATIONS}
 
     def _why_not_from_topk(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> str | None:
         return why_not_triton(topk_weights)
 
-    _FROM_TOPK["triton"] = Implementation(routing_from_topk_triton, _why_not_from_topk, automatic=False)
+    _KERNEL = Implementation(
+        routing_from_topk_triton, _why_not_from_topk, fastest("routing_from_topk", "triton", _shape_class)
+    )
+    _FROM_TOPK = {"triton": _KERNEL, **_FROM_TOPK}

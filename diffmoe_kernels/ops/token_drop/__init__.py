@@ -7,10 +7,14 @@ same bound for token choice (`token_choice_drop`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_integer, check_same_device, check_shape
+from diffmoe_kernels.measured import fastest, tokens_class
 from diffmoe_kernels.ops.token_drop.reference import (
     capacity_loss_reference,
     capacity_quantile_reference,
@@ -183,6 +187,10 @@ def _check_capacity(name: str, capacity: int, most: int) -> None:
         raise ValueError(f"{name}: expected 0 to {most}, the tokens to choose from, got {capacity}")
 
 
+def _shape_class(first: Tensor, *args: object) -> str:
+    return tokens_class(first.shape[0])
+
+
 _TOKEN_DROP = plain(token_drop_reference)
 _PREDICTED = plain(token_drop_predicted_reference)
 _TOKEN_CHOICE = plain(token_choice_drop_reference)
@@ -200,8 +208,17 @@ if HAS_TRITON:
     def _why_not_choice(topk_ids: Tensor, drop_scores: Tensor, *others: object) -> str | None:
         return why_not_triton(drop_scores)
 
-    _TOKEN_DROP["triton"] = Implementation(_library.token_drop_triton, _why_not, automatic=False)
-    _PREDICTED["triton"] = Implementation(_library.token_drop_predicted_triton, _why_not_predicted, automatic=False)
-    _TOKEN_CHOICE["triton"] = Implementation(_library.token_choice_drop_triton, _why_not_choice, automatic=False)
-    _CAPACITY_LOSS["triton"] = Implementation(_library.capacity_loss_triton, _why_not, automatic=False)
-    _CAPACITY_QUANTILE["triton"] = Implementation(_library.capacity_quantile_triton, _why_not, automatic=False)
+    def _with_kernel(
+        op: str, table: dict[str, Implementation], function: Callable[..., Any], why_not: Callable[..., str | None]
+    ) -> dict[str, Implementation]:
+        return {"triton": Implementation(function, why_not, fastest(op, "triton", _shape_class)), **table}
+
+    _TOKEN_DROP = _with_kernel("token_drop", _TOKEN_DROP, _library.token_drop_triton, _why_not)
+    _PREDICTED = _with_kernel(
+        "token_drop_predicted", _PREDICTED, _library.token_drop_predicted_triton, _why_not_predicted
+    )
+    _TOKEN_CHOICE = _with_kernel("token_choice_drop", _TOKEN_CHOICE, _library.token_choice_drop_triton, _why_not_choice)
+    _CAPACITY_LOSS = _with_kernel("capacity_loss", _CAPACITY_LOSS, _library.capacity_loss_triton, _why_not)
+    _CAPACITY_QUANTILE = _with_kernel(
+        "capacity_quantile", _CAPACITY_QUANTILE, _library.capacity_quantile_triton, _why_not
+    )
