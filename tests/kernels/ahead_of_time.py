@@ -36,6 +36,7 @@ class Compiled:
     case: which launch it is of.
     kernel: the function's name.
     registers: of a thread.
+    warps: of a block.
     local_memory: bytes that a thread keeps there: spilled registers and arrays.
     shared: bytes of shared memory a block.
     matrix_instructions: how many tensor-core instructions of the chip's kind its code has.
@@ -48,6 +49,7 @@ class Compiled:
     case: str
     kernel: str
     registers: int
+    warps: int
     local_memory: int
     shared: int
     matrix_instructions: int
@@ -112,6 +114,7 @@ def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
         case=case,
         kernel=name,
         registers=usage["REG"],
+        warps=kernel.metadata.num_warps,
         local_memory=usage["STACK"] + usage["LOCAL"],
         shared=kernel.metadata.shared,
         matrix_instructions=len(re.findall(TENSOR_CORE[capability], code)),

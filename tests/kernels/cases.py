@@ -14,10 +14,15 @@ from diffmoe_kernels.ops.experts._triton_backward import down_backward
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum, unpermute_backward
+from diffmoe_kernels.ops.rope_attention._prepare import Settings
+from diffmoe_kernels.ops.rope_attention._triton import attend
+from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
 from diffmoe_kernels.ops.router_topk import _triton as router
 from diffmoe_kernels.ops.router_topk import _triton_backward as router_backward
+from diffmoe_kernels.ops.router_topk._from_topk import sort_choices, sort_choices_backward
 from diffmoe_kernels.ops.token_drop import _capacity
 from diffmoe_kernels.ops.token_drop import _triton as token_drop
+from diffmoe_kernels.ops.token_drop._choice import drop_choices
 
 # T, D, I, E, rows a token (K, or 1 in expert choice), activation
 SHAPES = {
@@ -95,6 +100,14 @@ def launch_router(num_tokens: int, num_experts: int, top_k: int, groups: int, so
     router_backward.route_backward(weights, scores, gates, scores, ids, token_rows, *options)
 
 
+def launch_given_choices(num_tokens: int, num_experts: int, top_k: int) -> None:
+    for kind in (torch.int32, torch.int64):
+        ids, weights = meta(num_tokens, top_k, dtype=kind), meta(num_tokens, top_k, dtype=FLOAT32)
+        gates, _, _, token_offsets, token_rows = sort_choices(ids, weights, num_experts)
+        sort_choices_backward(gates, ids, token_offsets, token_rows, num_experts, FLOAT32)
+        drop_choices(ids, weights, num_experts, num_tokens * top_k // num_experts)
+
+
 def launch_token_drop(num_tokens: int, num_experts: int) -> None:
     scores, thresholds = meta(num_tokens, num_experts, dtype=torch.float32), meta(num_experts, dtype=torch.float32)
     capacity = num_tokens // num_experts
@@ -104,6 +117,32 @@ def launch_token_drop(num_tokens: int, num_experts: int) -> None:
     _capacity.cross_entropy(scores, *maps)
     _capacity.cross_entropy_backward(meta(dtype=torch.float32), scores, *maps)
     _capacity.kth_prediction(scores, capacity)
+
+
+# B, N, H, Hkv, d, prefix tokens, rotation, norm
+ATTENTION = {
+    "DSMoE-S": (256, 256, 6, 6, 64, 0, "2d", "none"),
+    "DSMoE-L": (64, 256, 16, 16, 64, 0, "2d", "none"),
+    "DSMoE-3B": (64, 256, 16, 16, 72, 0, "2d", "none"),
+    "JiT-L": (64, 288, 16, 16, 64, 32, "2d_interleaved", "rmsnorm"),
+    "512 px": (16, 1024, 16, 16, 64, 0, "2d", "none"),
+    "layer norm, grouped heads": (64, 256, 16, 4, 64, 0, "1d", "layernorm"),
+    "narrow": (64, 64, 6, 6, 16, 0, "none", "none"),
+    "wide": (64, 256, 8, 8, 128, 0, "1d", "rmsnorm"),
+}
+
+
+def launch_attention(sizes: tuple, dtype: torch.dtype) -> None:
+    batch, num_tokens, heads, kv_heads, head_dim, prefix, rope, norm = sizes
+    qkv = meta(batch, num_tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    kind = FLOAT16 if dtype == BFLOAT16 else FLOAT32
+    tables = [meta(num_tokens - prefix, head_dim // 2, dtype=kind) for _ in range(2)]
+    scale, shift = (meta(head_dim, dtype=FLOAT32) if norm != "none" else None for _ in range(2))
+    norms = (scale, shift if norm == "layernorm" else None) * 2
+    settings = Settings(heads, rope, prefix, norm, 1e-6, head_dim**-0.5)
+    out, lse = attend(qkv, *tables, norms, settings, keep_lse=True)
+    attend(qkv, *tables, norms, settings, keep_lse=False)
+    attend_backward(out, qkv, out, lse, *tables, norms, settings)
 
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -120,5 +159,12 @@ for name in ("DSMoE-L-E48", "DSMoE-S-E48"):
     CASES[f"movement {name}"] = partial(launch_movement, SHAPES[name], BFLOAT16), BFLOAT16
 for sizes in ((65536, 48, 5, 1, False), (16384, 16, 2, 2, False), (65536, 16, 1, 1, True), (4096, 256, 8, 8, False)):
     CASES[f"router {sizes}"] = partial(launch_router, *sizes), FLOAT32
+for sizes in ((65536, 48, 5), (4096, 256, 8)):
+    CASES[f"given choices {sizes}"] = partial(launch_given_choices, *sizes), FLOAT32
 for sizes in ((16384, 8), (65536, 16)):  # in registers, and in several passes
     CASES[f"token_drop {sizes}"] = partial(launch_token_drop, *sizes), FLOAT32
+for name in ATTENTION:
+    CASES[f"attention {name}"] = partial(launch_attention, ATTENTION[name], BFLOAT16), BFLOAT16
+for dtype in (FLOAT16, FLOAT32):
+    for name in ("DSMoE-L", "JiT-L", "layer norm, grouped heads", "wide"):
+        CASES[f"attention {name} {dtype}"] = partial(launch_attention, ATTENTION[name], dtype), dtype

@@ -18,10 +18,13 @@ ROOT = Path(__file__).parents[2]
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block; 8.6 and 8.9 have the least of sm_8x
 MATRIX_PRODUCTS = ("_up_kernel", "_down_backward_kernel", "_rows_kernel", "_weight_grad_kernel")
-
+ATTENTION = ("_forward_kernel", "_query_backward_kernel", "_key_backward_kernel")
 BETWEEN_PRODUCTS = ("_epilogue_kernel", "_activation_backward_kernel", "_sum_rows_kernel")
 MOVEMENT = (*BETWEEN_PRODUCTS, "_gather_kernel", "_gather_sum_kernel", "_unpermute_backward_kernel")
-SELECTION = ("_choose_kernel", "_scan_kernel", "_place_kernel", "_cut_in_registers_kernel", "_loss_kernel")
+SELECTION = (
+    *("_choose_kernel", "_scan_kernel", "_place_kernel", "_cut_in_registers_kernel", "_loss_kernel"),
+    *("_mask_kernel", "_place_slots_kernel", "_place_slots_backward_kernel", "_drop_kernel"),
+)
 
 
 def compile_for(capability: int) -> list[dict]:
@@ -41,7 +44,7 @@ def compiled() -> dict[int, list[dict]]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_nothing_spills_and_everything_fits(compiled, capability):
     kernels = {row["kernel"] for row in compiled[capability]}
-    assert {*MATRIX_PRODUCTS, *MOVEMENT, *SELECTION} <= kernels
+    assert {*MATRIX_PRODUCTS, *ATTENTION, *MOVEMENT, *SELECTION} <= kernels
     for row in compiled[capability]:
         assert row["local_memory"] == 0, row
         assert row["shared"] <= SHARED_LIMIT[capability], row
@@ -49,15 +52,16 @@ def test_nothing_spills_and_everything_fits(compiled, capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_16_bit_products_run_on_the_tensor_cores(compiled, capability):
-    products = [row for row in compiled[capability] if row["kernel"] in MATRIX_PRODUCTS and row["dtype"] != "float32"]
-    assert len(products) > 20
+    kernels = (*MATRIX_PRODUCTS, *ATTENTION)
+    products = [row for row in compiled[capability] if row["kernel"] in kernels and row["dtype"] != "float32"]
+    assert len(products) > 40
     for row in products:
         assert row["matrix_instructions"] > 0, row
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_operands_are_read_16_bytes_at_a_time(compiled, capability):
-    rows = [row for row in compiled[capability] if row["kernel"] in (*MATRIX_PRODUCTS, *MOVEMENT)]
+    rows = [row for row in compiled[capability] if row["kernel"] in (*MATRIX_PRODUCTS, *ATTENTION, *MOVEMENT)]
     assert len(rows) > 40
     for row in rows:
         assert row["widest_load"] == 128 or row["bulk_copies"], row
@@ -72,3 +76,17 @@ def test_products_fetch_ahead(compiled, capability):
         assert bool(row["bulk_copies"]) == by_engine, row
         if row["kernel"] != "_rows_kernel" or not by_engine:  # that one needs no other copies
             assert row["loads_in_flight"] > 0, row
+
+
+REGISTERS, SHARED, RESERVED = 65536, 227 * 1024, 1024  # of a multiprocessor of sm_90, and what a block takes unasked
+
+
+def test_two_blocks_of_attention_fit_on_a_multiprocessor(compiled):
+    """What hides the loads and exponentials of one behind the products of the other, at 64 channels a head."""
+    shapes = ("DSMoE-S", "DSMoE-L", "JiT-L", "512 px", "layer norm, grouped heads", "narrow")
+    cases = {f"attention {shape} {kernel}" for shape in shapes for kernel in (*ATTENTION, "_forward_kernel 2")}
+    rows = [row for row in compiled[90] if row["case"] in cases]
+    assert len(rows) == len(cases)
+    for row in rows:
+        registers = -(-row["registers"] // 8) * 8 * 32 * row["warps"]
+        assert min(REGISTERS // registers, SHARED // (row["shared"] + RESERVED)) >= 2, row

@@ -105,7 +105,7 @@ def attend(
     lse = qkv.new_empty((batch, settings.num_heads, num_tokens) if keep_lse else (0,), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    tile = pick_tile("forward", qkv.dtype, head_dim, num_tokens)
+    tile = pick_tile("forward", qkv.dtype, head_dim, settings.norm)
     grid = (triton.cdiv(num_tokens, tile.m), settings.num_heads, batch)
     _forward_kernel[grid](
         qkv,

@@ -208,13 +208,13 @@ def attend_backward(
         shapes = ((batch * heads * blocks, head_dim) if one is not None else (0,) for one in norms[:2])
         return tuple(qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
-    tile = pick_tile("query_backward", qkv.dtype, head_dim, num_tokens)
+    tile = pick_tile("query_backward", qkv.dtype, head_dim, settings.norm)
     blocks = triton.cdiv(num_tokens, tile.m)
     by_q = parts(num_heads, blocks)
     _query_backward_kernel[(blocks, num_heads, batch)](
         qkv, *tables, out, grad, lse, grad_qkv, delta, *by_q, *numbers, **constants, **tile.options
     )
-    tile = pick_tile("key_backward", qkv.dtype, head_dim, num_tokens)
+    tile = pick_tile("key_backward", qkv.dtype, head_dim, settings.norm)
     blocks = triton.cdiv(num_tokens, tile.n)
     by_k = parts(num_kv_heads, blocks)
     _key_backward_kernel[(blocks, num_kv_heads, batch)](

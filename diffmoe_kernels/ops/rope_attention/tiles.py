@@ -1,8 +1,8 @@
-"""Tiles of the attention kernels, picked by hand: none spills, and two blocks or more fit on a multiprocessor of sm_90.
+"""Tiles of the attention kernels, picked by hand: none spills, and from sm_90 on two blocks of 64 channels a head fit on
+a multiprocessor, so that the copies and exponentials of one hide behind the products of the other.
 
-Not measured. Why these: a block of 8 warps takes 128 queries, so that keys and values are read twice at 256 tokens; 64
-keys a step leave room for a second block, whose copies and exponentials hide behind the first one's products. The
-backward by k and v holds four sums and takes 64 of each.
+Not measured. What decides: a block of 128 queries reads keys and values twice at 256 tokens, one of 64 four times;
+norms hold more numbers and leave room for smaller blocks only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from diffmoe_kernels.triton_support import compute_capability
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,48 @@ class AttentionTile:
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "num_warps": self.warps, "num_stages": self.stages}
 
 
-_NARROW = {  # up to 64 channels a head
-    "forward": AttentionTile(128, 64, 8, 2),
-    "query_backward": AttentionTile(128, 64, 8, 2),
-    "key_backward": AttentionTile(64, 64, 4, 2),
+# (least compute capability, up to 64 channels a head) -> kernel -> tile by norm, for 16-bit numbers.
+_TILES = {
+    (90, True): {
+        "forward": {
+            "none": AttentionTile(128, 64, 8, 2),
+            "rmsnorm": AttentionTile(64, 64, 4, 1),
+            "layernorm": AttentionTile(64, 64, 4, 1),
+        },
+        "query_backward": {
+            "none": AttentionTile(128, 64, 8, 2),
+            "rmsnorm": AttentionTile(64, 64, 4, 1),
+            "layernorm": AttentionTile(64, 64, 4, 1),
+        },
+        "key_backward": {
+            "none": AttentionTile(64, 64, 4, 2),
+            "rmsnorm": AttentionTile(32, 64, 4, 2),
+            "layernorm": AttentionTile(32, 64, 4, 1),
+        },
+    },
+    (90, False): {
+        "forward": dict.fromkeys(("none", "rmsnorm", "layernorm"), AttentionTile(64, 32, 4, 2)),
+        "query_backward": dict.fromkeys(("none", "rmsnorm", "layernorm"), AttentionTile(64, 32, 4, 2)),
+        "key_backward": dict.fromkeys(("none", "rmsnorm", "layernorm"), AttentionTile(32, 64, 8, 1)),
+    },
 }
-_WIDE = {
-    "forward": AttentionTile(64, 64, 4, 1),
-    "query_backward": AttentionTile(64, 64, 4, 1),
-    "key_backward": AttentionTile(64, 64, 8, 2),
+_SM80 = {
+    "forward": (AttentionTile(64, 64, 4, 1), AttentionTile(64, 32, 4, 1)),
+    "query_backward": (AttentionTile(32, 32, 4, 2), AttentionTile(32, 32, 4, 2)),
+    "key_backward": (AttentionTile(32, 64, 4, 1), AttentionTile(32, 32, 4, 1)),
 }
-_FLOAT32 = AttentionTile(32, 32, 4, 1)  # without tensor cores
+_FLOAT32 = {  # without tensor cores
+    "forward": AttentionTile(16, 32, 4, 2),
+    "query_backward": AttentionTile(16, 32, 4, 2),
+    "key_backward": AttentionTile(16, 16, 2, 1),
+}
 
 
-def pick_tile(kernel: str, dtype: torch.dtype, head_dim: int, num_tokens: int) -> AttentionTile:
-    """The tile of "forward", "query_backward" or "key_backward"."""
+def pick_tile(kernel: str, dtype: torch.dtype, head_dim: int, norm: str) -> AttentionTile:
+    """The tile of "forward", "query_backward" or "key_backward" with the norm "none", "rmsnorm" or "layernorm"."""
+    is_narrow = head_dim <= 64
     if dtype == torch.float32:
-        return _FLOAT32
-    return (_NARROW if head_dim <= 64 else _WIDE)[kernel]
+        return _FLOAT32[kernel]
+    if compute_capability() >= 90:
+        return _TILES[90, is_narrow][kernel][norm]
+    return _SM80[kernel][not is_narrow]
