@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffmoe_kernels import ExpertChoiceMoE, MoE, Routing, ops
 from diffmoe_kernels.testing import assert_close, assert_error_within, relative_error
-from diffmoe_kernels.triton_support import HAS_TRITON
+from diffmoe_kernels.triton_support import HAS_TRITON, Tile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TRITON, reason="needs triton")]
 
@@ -56,24 +56,60 @@ def run(routing: Routing, inputs: dict[str, Tensor], dtype: torch.dtype, activat
     return dict(zip(["y", "x", "gates", *leaves], [y.detach(), *grads], strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+WAYS = [("triton", torch.bfloat16), ("triton", torch.float16), ("triton", torch.float32), ("torch", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), WAYS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_experts_are_as_accurate_as_pytorch(name, dtype) -> None:
+def test_experts_are_as_accurate_as_pytorch(name, backend, dtype) -> None:
+    """ "torch" too, whose products are `grouped_mm`'s and all between them ours."""
     activation = SHAPES[name][-1]
+    if backend == "torch" and name == "odder":
+        pytest.skip("grouped_mm wants strides of whole 16 bytes")
     routing, inputs = inputs_of(SHAPES[name])
     rounded = {key: tensor.to(dtype) for key, tensor in inputs.items()}
     exact = run(routing, {key: t.double() for key, t in rounded.items()}, torch.float64, activation, "reference")
     plain = run(routing, rounded, dtype, activation, "reference")
-    ours = run(routing, rounded, dtype, activation, "triton")
+    ours = run(routing, rounded, dtype, activation, backend)
     for key, expected in exact.items():
         assert_error_within(ours[key], plain[key], expected, name=f"{name}, {key}, {dtype}")
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("name", ["DSMoE-L-E48", "DiffMoE-L-E8"])
-def test_two_runs_have_the_same_bits(name) -> None:
+def test_two_runs_have_the_same_bits(name, backend) -> None:
     routing, inputs = inputs_of(SHAPES[name])
-    one, other = (run(routing, inputs, torch.bfloat16, SHAPES[name][-1], "triton") for _ in range(2))
+    one, other = (run(routing, inputs, torch.bfloat16, SHAPES[name][-1], backend) for _ in range(2))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_tiles_that_the_copy_engine_fetches_and_others_agree(descriptors) -> None:
+    if descriptors and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the bulk copy engine comes with sm_90")
+    multiply_rows = pytest.importorskip("diffmoe_kernels.ops.grouped_gemm._triton").multiply_rows
+    offs = torch.tensor([0, 1000, 1001, 4000], device="cuda", dtype=torch.int32)
+    x = torch.randn(4096, 456, device="cuda", dtype=torch.bfloat16)
+    x[4000:] = torch.nan
+    tile = Tile(128, 128, 64, 8, 3, descriptors=descriptors)
+    for w in (torch.randn(4, 456, 728, device="cuda"), torch.randn(4, 728, 456, device="cuda").mT):
+        w = w.bfloat16()
+        expected = ops.grouped_gemm(x.nan_to_num(), w, offs, backend="reference")
+        assert_close(multiply_rows(x, w, offs, tile=tile)[:4000], expected[:4000])
+
+
+def test_the_search_for_tiles_finds_some_that_are_right(monkeypatch, tmp_path) -> None:
+    tiles = pytest.importorskip("diffmoe_kernels.ops.grouped_gemm.tiles")
+    monkeypatch.setenv("DIFFMOE_AUTOTUNE", "1")
+    monkeypatch.setenv("DIFFMOE_CACHE_DIR", str(tmp_path))
+    tried = tiles.candidates
+    monkeypatch.setattr(tiles, "candidates", lambda *args, **kinds: list(tried(*args, **kinds))[::12])
+    routing, inputs = inputs_of(SHAPES["sampling"])
+    found = run(routing, inputs, torch.bfloat16, "swiglu", "triton")
+    assert len((tmp_path / "tiles.json").read_text().splitlines()) > 4
+    monkeypatch.delenv("DIFFMOE_AUTOTUNE")
+    for key, expected in run(routing, inputs, torch.bfloat16, "swiglu", "triton").items():
+        assert_close(found[key], expected, name=key)
 
 
 def test_grouped_gemm_agrees_with_grouped_mm() -> None:
@@ -88,7 +124,9 @@ def test_grouped_gemm_agrees_with_grouped_mm() -> None:
 LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
     "token choice": lambda: MoE(256, 512, 16, 2, shared_intermediate_size=512, backend="triton"),
     "many experts": lambda: MoE(256, 128, 48, 5, num_groups=4, top_groups=2, backend="triton"),
+    "capacity": lambda: MoE(256, 128, 16, 2, capacity_factor=0.75, backend="triton"),
     "expert choice": lambda: ExpertChoiceMoE(256, 512, 8, backend="triton"),
+    "our kernels around grouped_mm": lambda: MoE(256, 512, 16, 2, backend="torch"),
 }
 
 

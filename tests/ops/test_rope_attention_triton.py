@@ -177,6 +177,7 @@ def test_a_second_derivative_is_refused():
     ("reason", "qkv", "options"),
     [
         ("up to 128 channels a head, not 136", torch.zeros(1, 4, 3, 1, 136), {}),
+        ("up to 65535 samples, not 65536", torch.zeros(65536, 1, 3, 1, 2), {}),
         ("an even number of channels a head, not 7", torch.zeros(1, 4, 3, 1, 7), {}),
         ("not torch.float64", torch.zeros(1, 4, 3, 1, 8, dtype=torch.float64), {}),
         ("no gradient by cos and sin", torch.zeros(1, 4, 3, 1, 8), {"cos": torch.ones(4, 4, requires_grad=True)}),

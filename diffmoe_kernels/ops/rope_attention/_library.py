@@ -11,6 +11,7 @@ from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
 from diffmoe_kernels.triton_support import why_not_triton
 
 MAX_HEAD_DIM = 128
+MAX_SAMPLES = 65535  # of a grid's third dimension
 
 
 @torch.library.custom_op("diffmoe_kernels::rope_attention", mutates_args=())
@@ -126,6 +127,8 @@ def _both(q: Tensor | None, k: Tensor | None, neutral: float) -> tuple[Tensor | 
 def why_not(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, **_: object) -> str | None:
     if qkv.shape[3] > MAX_HEAD_DIM:
         return f"the kernels take up to {MAX_HEAD_DIM} channels a head, not {qkv.shape[3]}"
+    if qkv.shape[0] > MAX_SAMPLES:
+        return f"the kernels take up to {MAX_SAMPLES} samples, not {qkv.shape[0]}"
     if qkv.shape[3] % 2:
         return f"the kernels take an even number of channels a head, not {qkv.shape[3]}"
     if any(table is not None and table.requires_grad for table in (cos, sin)):

@@ -1,5 +1,5 @@
-"""Tiles of the attention kernels, picked by hand: none spills, and from sm_90 on two blocks of 64 channels a head fit on
-a multiprocessor, so that the copies and exponentials of one hide behind the products of the other.
+"""Tiles of the attention kernels, picked by hand: none spills, and from sm_90 on two blocks of 64 channels a head fit
+on a multiprocessor, so that the copies and exponentials of one hide behind the products of the other.
 
 Not measured. What decides: a block of 128 queries reads keys and values twice at 256 tokens, one of 64 four times;
 norms hold more numbers and leave room for smaller blocks only.
