@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.experts import TRAINING, gather_sum
-from benchmarks.registry import FORWARD, Build, Case, Provider, Shape, Where, normal
+from benchmarks.registry import FORWARD, Build, Case, Provider, Shape, Where, close, normal
 from diffmoe_kernels import Routing, ops
 
 
@@ -139,6 +139,24 @@ def drop_with(backend: str) -> Callable[..., Routing]:
     return lambda scores, given, shape: ops.token_drop(scores, choice_capacity(shape), backend=backend)
 
 
+def predicted_with(backend: str) -> Callable[..., Routing]:
+    """A prediction of 0.3 or more passes, about one in eight of the scores' softmax."""
+
+    def predicted(scores: Tensor, given: tuple, shape: Shape) -> Routing:
+        thresholds = torch.full((shape.experts,), 0.3, device=scores.device).sigmoid()
+        return ops.token_drop_predicted(scores, scores, thresholds, backend=backend)[0]
+
+    return predicted
+
+
+def loss_with(backend: str) -> Callable[..., Tensor]:
+    return lambda logits, given, shape: ops.capacity_loss(logits, given[2], backend=backend)
+
+
+def quantile_with(backend: str) -> Callable[..., Tensor]:
+    return lambda logits, given, shape: ops.capacity_quantile(logits, choice_capacity(shape), backend=backend)
+
+
 def combine_exactly(rows: Tensor, given: tuple, shape: Shape) -> Tensor:
     return ops.unpermute(rows.float(), given[2], backend="reference")
 
@@ -184,6 +202,11 @@ def drop_cost(shape: Shape, direction: str, size: int) -> tuple[int, int]:
     return 0, 4 * shape.tokens * shape.experts + record_bytes(shape)
 
 
+def loss_cost(shape: Shape, direction: str, size: int) -> tuple[int, int]:
+    """Logits read."""
+    return 0, 4 * shape.tokens * shape.experts
+
+
 def slots_cost(shape: Shape, direction: str, size: int) -> tuple[int, int]:
     """Ids and weights read, ids written."""
     return 0, 12 * shape.rows
@@ -194,17 +217,20 @@ def cases(where: Where) -> list[Case]:
         return {name: Provider(of(function(name)), name) for name in backends}
 
     combine = {
-        **ours(unpermute_with, "triton"),
+        **ours(unpermute_with, "triton", "torch"),
         "plain": Provider(of(combine_plainly)),
         "plain, compiled": Provider(of(combine_plainly), compiled=True),
     }
-    gather = {**ours(permute_with, "triton"), "plain": Provider(of(gather_plainly))}
+    gather = {**ours(permute_with, "triton", "torch"), "plain": Provider(of(gather_plainly))}
     router = ours(router_with, "triton", "reference")
     # bincount waits for the device to learn how many values there are, so that no graph can hold it.
     users = {"argsort + bincount": Provider(of(argsort_bincount), captured=False)}
     given = {**ours(from_topk_with, "triton", "reference"), **users}
-    choice_drop = ours(choice_drop_with, "reference")
+    choice_drop = ours(choice_drop_with, "triton", "reference")
     drop = {**ours(drop_with, "triton", "reference"), "topk": Provider(of(topk_of_experts))}
+    predicted, loss, quantile = (
+        ours(function, "triton", "reference") for function in (predicted_with, loss_with, quantile_with)
+    )
     found = []
     for name in ("DSMoE-L-E48", "DSMoE-S-E48"):
         shape, right = TRAINING[name], of(combine_exactly)
@@ -216,6 +242,9 @@ def cases(where: Where) -> list[Case]:
         ("routing_from_topk", token_choice, given, ids, from_topk_with, ids_cost, same_record),
         ("token_choice_drop", token_choice, choice_drop, ids, choice_drop_with, slots_cost, same_slots),
         ("token_drop", expert_choice, drop, probabilities, drop_with, drop_cost, same_record),
+        ("token_drop_predicted", expert_choice, predicted, probabilities, predicted_with, drop_cost, same_record),
+        ("capacity_loss", expert_choice, loss, scores, loss_with, loss_cost, close),
+        ("capacity_quantile", expert_choice, quantile, scores, quantile_with, loss_cost, close),
     ):
         found.append(Case(op, name, FORWARD, TRAINING[name], providers, inputs, of(right("reference")), cost, agree))
     return found

@@ -9,6 +9,7 @@ import torch
 
 from diffmoe_kernels import MoE, RoPEAttention
 from diffmoe_kernels.testing import assert_close
+from diffmoe_kernels.triton_support import HAS_TRITON
 from models import create_model
 from models.objectives import RectifiedFlow
 from tests.models.helpers import random_inputs, randomize
@@ -67,3 +68,20 @@ def test_a_training_step_in_bfloat16(name) -> None:
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", ["DSMoE-digits", "DiffMoE-digits", "TC-DiT-digits", "EC-DiT-digits", "JiTMoE-digits"])
+def test_a_model_fits_in_a_graph(name) -> None:
+    """A step of sampling, on the kernels where triton is installed: nothing in it waits for the host."""
+    model = randomize(create_model(name, backend="triton" if HAS_TRITON else "auto")).cuda().eval()
+    inputs = tuple(tensor.cuda() for tensor in random_inputs(model, batch=16))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        expected = model(*inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(*inputs)
+        y.zero_()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)

@@ -1,0 +1,110 @@
+"""Writes what "auto" takes: ``python -m benchmarks.prefer results.json`` turns a run on a GPU into a table.
+
+The table is ``diffmoe_kernels/measured.json``; rows of the same op, chip and shape class are replaced, others stay. A
+backend is fastest in a class where the geometric mean of its times over the class's cases is the least. Where an op has
+no path of PyTorch but its definition, that is called "torch", as `diffmoe_kernels.backend.plain` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.registry import BOTH
+from diffmoe_kernels import measured
+
+TOKENS = (
+    *("router_topk", "routing_from_topk", "token_choice_drop", "token_drop", "token_drop_predicted"),
+    *("capacity_loss", "capacity_quantile"),
+)
+MOVEMENT = ("permute", "unpermute", "adaln", "gated_residual_adaln")
+
+
+def shape_class(record: Mapping[str, Any]) -> str | None:
+    """The class that a case belongs to, or None where "auto" does not choose by it."""
+    op, training, dtype = record["op"], record["direction"] == BOTH, getattr(torch, record["dtype"])
+    if op in TOKENS:
+        return measured.tokens_class(record["T"])
+    if op in MOVEMENT:
+        return measured.movement_class(record["T"], dtype)
+    if op == "experts":
+        return measured.experts_class(record["T"] * record["K"], record["E"], record["I"], dtype, training)
+    return None
+
+
+def rows(data: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
+    """The table's rows of one run.
+
+    Args:
+        data: what ``pytest benchmarks --benchmark-json`` wrote on a GPU.
+        source: its file's name, which every row carries.
+
+    Raises:
+        ValueError: a run without a GPU.
+    """
+    capability = data.get("run", {}).get("compute_capability")
+    if not capability:
+        raise ValueError(f"{source}: expected a run on a GPU, got one on {data.get('run', {}).get('device')}")
+    times: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for one in data["benchmarks"]:
+        record = one["extra_info"]
+        if not record.get("backend") or record["compiled"] or not record["published_size"]:
+            continue
+        if record["weights_dtype"] != record["dtype"] or (found := shape_class(record)) is None:
+            continue
+        backend = "torch" if record["backend"] == "reference" else record["backend"]
+        case = f"{record['name']}, {record['direction']}"
+        times[record["op"], found][case][backend] = round(one["stats"]["median"] * 1e3, 5)
+    table = []
+    for (op, found), cases in sorted(times.items()):
+        common = set.intersection(*(set(case) for case in cases.values()))
+        if len(common) < 2:
+            continue  # nothing to compare with
+        means = {name: math.prod(case[name] for case in cases.values()) ** (1 / len(cases)) for name in common}
+        shown = [{"name": name, "ms": {key: ms[key] for key in sorted(common)}} for name, ms in sorted(cases.items())]
+        table.append(
+            {
+                "op": op,
+                "capability": capability,
+                "shape_class": found,
+                "fastest": min(means, key=means.__getitem__),
+                "cases": shown,
+                "source": source,
+            }
+        )
+    return table
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The old rows, but for those that the new ones replace, and the new, in order."""
+    key = lambda row: (row["op"], row["capability"], row["shape_class"])  # noqa: E731
+    return sorted({**{key(row): row for row in old}, **{key(row): row for row in new}}.values(), key=key)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefer", description='What "auto" takes, from a run.')
+    parser.add_argument("results", type=Path, help="what pytest benchmarks --benchmark-json=FILE wrote on a GPU")
+    parser.add_argument("--table", type=Path, default=measured.FILE, help="the file to update")
+    options = parser.parse_args(arguments)
+    try:
+        new = rows(json.loads(options.results.read_text()), options.results.name)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.prefer: {error}", file=sys.stderr)
+        return 2
+    old = json.loads(options.table.read_text()) if options.table.exists() else []
+    options.table.write_text(json.dumps(merged(old, new), indent=1) + "\n")
+    for row in new:
+        print(f"{row['op']}, {row['shape_class']}: {row['fastest']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Whole models with ``backend="triton"``: what the reference computes, in training and in evaluation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffmoe_kernels.testing import relative_error
+from diffmoe_kernels.triton_support import HAS_TRITON
+from models import create_model
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+NAMES = [f"{family}-digits" for family in ("DiT", "DSMoE", "DiffMoE", "JiT", "JiTMoE", "TC-DiT", "EC-DiT")]
+
+
+def models_of(name: str) -> list[nn.Module]:
+    """One with the kernels and the reference, with weights at which nothing is 0."""
+    torch.manual_seed(0)
+    found = [create_model(name, backend=backend, depth=3) for backend in ("triton", "reference")]
+    with torch.no_grad():
+        for parameter in found[0].parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        for module in found[0].modules():
+            if getattr(module, "expert_threshold", None) is not None:
+                module.expert_threshold.fill_(0.4)
+    found[1].load_state_dict(found[0].state_dict())
+    return found
+
+
+def outcome(model: nn.Module, training: bool) -> dict[str, Tensor]:
+    torch.manual_seed(1)  # labels are dropped in training
+    x = torch.randn(3, model.in_channels, model.input_size, model.input_size)
+    inputs = x, torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 3, 9])
+    if not training:
+        with torch.no_grad():
+            return {"y": model.eval()(*inputs)}
+    y, aux = model.train()(*inputs, return_aux=True)
+    loss = y.square().mean() + (0 if getattr(aux, "loss", None) is None else aux.loss)
+    loss.backward()
+    return {"y": y.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_on_the_kernels(name, training):
+    ours, right = (outcome(model, training) for model in models_of(name))
+    assert ours.keys() == right.keys() and right["y"].abs().max() > 0.01
+    for key, expected in right.items():
+        assert relative_error(ours[key], expected) < 1e-4, key

@@ -1,0 +1,86 @@
+"""From a run of the benchmarks to what "auto" takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import prefer
+from benchmarks.registry import BOTH, FORWARD
+from diffmoe_kernels import measured
+
+
+def record(op: str, name: str, backend: str | None, ms: float, **changes: object) -> dict:
+    facts = {
+        **{"op": op, "name": name, "direction": BOTH, "backend": backend, "compiled": False, "published_size": True},
+        **{"dtype": "bfloat16", "weights_dtype": "bfloat16", "T": 16384, "D": 1024, "I": 2048, "E": 16, "K": 2},
+    }
+    return {"extra_info": facts | changes, "stats": {"median": ms / 1e3}}
+
+
+def run(*records: dict) -> dict:
+    return {"run": {"compute_capability": "9.0", "device": "NVIDIA H200"}, "benchmarks": list(records)}
+
+
+WIDE = "bfloat16, many rows, wide, training"
+
+
+def test_the_fastest_over_a_class() -> None:
+    data = run(
+        record("experts", "L-E16", "triton", 2.0),
+        record("experts", "L-E16", "torch", 3.0),
+        record("experts", "3B-E16", "triton", 5.0, I=2880),
+        record("experts", "3B-E16", "torch", 4.0, I=2880),  # 12 against 10: triton
+        record("experts", "L-E48", "triton", 1.0, I=448, E=48, K=5),
+        record("experts", "L-E48", "torch", 0.9, I=448, E=48, K=5),
+        record("router_topk", "S-E48", "triton", 0.02, direction=FORWARD),
+        record("router_topk", "S-E48", "reference", 0.3, direction=FORWARD),
+    )
+    found = {(row["op"], row["shape_class"]): row for row in prefer.rows(data, "h200.json")}
+    assert {key: row["fastest"] for key, row in found.items()} == {
+        ("experts", WIDE): "triton",
+        ("experts", "bfloat16, many rows, narrow, training"): "torch",
+        ("router_topk", "many tokens"): "triton",
+    }
+    row = found["experts", WIDE]
+    assert row["cases"] == [
+        {"name": "3B-E16, forward+backward", "ms": {"torch": 4.0, "triton": 5.0}},
+        {"name": "L-E16, forward+backward", "ms": {"torch": 3.0, "triton": 2.0}},
+    ]
+    assert row["source"] == "h200.json" and row["capability"] == "9.0"
+    assert found["router_topk", "many tokens"]["cases"][0]["ms"] == {"torch": 0.3, "triton": 0.02}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"backend": None}, {"compiled": True}, {"published_size": False}, {"weights_dtype": "float32"}, {"op": "mlp"}],
+)
+def test_what_says_nothing_about_a_choice(changes) -> None:
+    other = record("experts", "L-E16", "torch", 3.0) | {}
+    other["extra_info"] |= changes
+    assert prefer.rows(run(record("experts", "L-E16", "triton", 2.0), other), "f") == []
+
+
+def test_a_run_without_a_gpu_is_refused(tmp_path, capsys) -> None:
+    file, table = tmp_path / "cpu.json", tmp_path / "measured.json"
+    file.write_text(json.dumps({"run": {"compute_capability": None, "device": "a CPU"}, "benchmarks": []}))
+    assert prefer.main([str(file), "--table", str(table)]) == 2
+    assert "cpu.json: expected a run on a GPU, got one on a CPU" in capsys.readouterr().err
+    assert prefer.main([str(tmp_path / "none.json"), "--table", str(table)]) == 2
+    assert not table.exists()
+
+
+def test_new_rows_replace_old_ones(tmp_path, capsys) -> None:
+    file, table = tmp_path / "h200.json", tmp_path / "measured.json"
+    times = {"experts": (2.0, 3.0), "unpermute": (0.1, 0.5)}
+    for op, (ours, theirs) in times.items():
+        file.write_text(json.dumps(run(record(op, "L", "triton", ours), record(op, "L", "torch", theirs))))
+        assert prefer.main([str(file), "--table", str(table)]) == 0
+    file.write_text(json.dumps(run(record("experts", "L", "triton", 4.0), record("experts", "L", "torch", 3.0))))
+    assert prefer.main([str(file), "--table", str(table)]) == 0
+    assert measured.load(table) == {
+        ("experts", "9.0", WIDE): "torch",
+        ("unpermute", "9.0", "bfloat16, many tokens"): "triton",
+    }
+    assert capsys.readouterr().out.splitlines()[-1] == f"experts, {WIDE}: torch"
