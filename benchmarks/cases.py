@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import experts, layers, routing
+from benchmarks import attention, experts, layers, routing
 from benchmarks.registry import BOTH, Case, Where
 
 
 def all_cases(where: Where) -> list[Case]:
-    found = [*experts.cases(where), *layers.cases(where), *routing.cases(where)]
+    found = [*experts.cases(where), *layers.cases(where), *routing.cases(where), *attention.cases(where)]
     return sorted(found, key=_is_extra)
 
 

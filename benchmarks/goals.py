@@ -62,6 +62,16 @@ SAMPLING = [f"{name}, sampling {count}" for name in ("DSMoE-L-E16", "DSMoE-L-E48
 LAYER = {"op": "expert-choice layer", "name": "DiffMoE-L-E8", "baseline": ("dense + predictor",), "today": ("loop",)}
 MASTERS = {"ours": ("triton, float32 masters",), "baseline": ("dense, float32 masters",), "today": ()}
 
+# Milliseconds forward, and forward and backward.
+ATTENTION = {
+    "DSMoE-S": (0.085, 0.40),
+    "DSMoE-L": (0.062, 0.30),
+    "DSMoE-3B": (0.080, 0.36),
+    "JiT-L": (0.080, 0.40),
+    "512 px": (0.163, 0.65),
+}
+SDPA = ("compiled, flash", "compiled, cuDNN")
+
 GOALS = [
     *(Goal("experts", name, BOTH, time) for name, (time, _) in LIMITS.items()),
     *(Goal("experts", name, BOTH, None, **MASTERS) for name in LIMITS),
@@ -87,6 +97,11 @@ GOALS = [
         for name in SAMPLING
     ),
     *(Goal("experts", name, BOTH, memory, unit="MiB") for name, (_, memory) in LIMITS.items()),
+    *(
+        Goal("rope_attention", name, direction, limit, unit="ms", ours=("triton",), baseline=SDPA, today=SDPA)
+        for name, limits in ATTENTION.items()
+        for direction, limit in zip((FORWARD, BOTH), limits, strict=True)
+    ),
 ]
 
 

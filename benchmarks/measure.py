@@ -59,16 +59,21 @@ def forward(module: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 def forward_and_backward(module: nn.Module, x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """A step that ends with the gradients in ``.grad``, of a fixed weighting of the result and of its loss, if any."""
-    generator = torch.Generator(x.device).manual_seed(2)
-    weighting = torch.randn(x.shape, device=x.device, generator=generator)
-    weightings = {dtype: weighting.to(dtype) for dtype in (x.dtype, torch.float32)}  # of ours, and of references
+    weightings: dict[tuple[torch.Size, torch.dtype], Tensor] = {}  # made in the first run, before any graph is captured
+
+    def weighting(one: Tensor) -> Tensor | None:
+        key = one.shape, one.dtype
+        if one.dim() and key not in weightings:
+            generator = torch.Generator(x.device).manual_seed(2)
+            weightings[key] = torch.randn(one.shape, device=x.device, generator=generator).to(x.dtype).to(one.dtype)
+        return weightings.get(key)
 
     def step() -> tuple[Tensor, ...]:
         x.grad = None
         module.zero_grad(set_to_none=True)
         y = module(x)
         results = y if isinstance(y, tuple) else (y,)
-        torch.autograd.backward(results, [weightings[one.dtype] if one.dim() else None for one in results])
+        torch.autograd.backward(results, [weighting(one) for one in results])
         return tuple(one.detach() for one in results)
 
     return step

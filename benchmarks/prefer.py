@@ -37,6 +37,8 @@ def shape_class(record: Mapping[str, Any]) -> str | None:
         return measured.movement_class(record["T"], dtype)
     if op == "experts":
         return measured.experts_class(record["T"] * record["K"], record["E"], record["I"], dtype, training)
+    if op == "rope_attention":
+        return measured.attention_class(record["N"], record["d"], record["norm"] is not None, dtype, training)
     return None
 
 

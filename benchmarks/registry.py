@@ -37,6 +37,44 @@ class Shape:
         """U, the up-projection's columns: 2 I for SwiGLU, else I."""
         return self.inner * (2 if self.activation == "swiglu" else 1)
 
+    @property
+    def of_ceiling(self) -> Shape:
+        """With the weights of as many experts as a token visits."""
+        return replace(self, experts=self.top_k)
+
+    def small(self) -> Shape:
+        """What stands for it on a CPU."""
+        return replace(self, tokens=min(self.tokens, 128), hidden=self.hidden // 8, inner=self.inner // 8)
+
+    def dimensions(self) -> dict[str, Any]:
+        names = {"tokens": "T", "hidden": "D", "inner": "I", "experts": "E", "top_k": "K"}
+        return {**{short: getattr(self, name) for name, short in names.items()}, "activation": self.activation}
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """B samples of N tokens, the first few not rotated, H heads of d channels, the rotation and q's and k's norm."""
+
+    samples: int
+    length: int
+    heads: int
+    head_dim: int
+    prefix: int = 0
+    rope: str = "2d"
+    norm: str | None = None
+
+    @property
+    def of_ceiling(self) -> AttentionShape:
+        return self
+
+    def small(self) -> AttentionShape:
+        """What stands for it on a CPU."""
+        return replace(self, samples=1, length=self.prefix + 36, heads=2)
+
+    def dimensions(self) -> dict[str, Any]:
+        names = {"samples": "B", "length": "N", "heads": "H", "head_dim": "d"}
+        return {**{short: getattr(self, name) for name, short in names.items()}, "rope": self.rope, "norm": self.norm}
+
 
 @dataclass(frozen=True)
 class Where:
@@ -56,12 +94,8 @@ class Where:
     triton: bool
 
 
-def _eighth(shape: Shape) -> Shape:
-    return replace(shape, tokens=min(shape.tokens, 128), hidden=shape.hidden // 8, inner=shape.inner // 8)
-
-
 GPU = Where("cuda", torch.bfloat16, lambda shape: shape, "inductor", HAS_TRITON)
-CPU = Where("cpu", torch.float32, _eighth, None, False)
+CPU = Where("cpu", torch.float32, lambda shape: shape.small(), None, False)
 
 
 Build = Callable[[Shape, Where, torch.dtype], nn.Module]  # the last is of the weights
@@ -151,11 +185,8 @@ class Case:
     def facts(self, provider: str, where: Where) -> dict[str, Any]:
         """Plain data that says what was timed: enough to derive TFLOP/s and GB/s from a time."""
         how, shape = self.providers[provider], where.resize(self.shape)
-        # A ceiling has the weights of as many experts as a token visits.
-        flops, least_bytes = self.cost(
-            replace(shape, experts=shape.top_k) if how.ceiling else shape, self.direction, where.dtype.itemsize
-        )
-        names = {"tokens": "T", "hidden": "D", "inner": "I", "experts": "E", "top_k": "K"}
+        costly = shape.of_ceiling if how.ceiling else shape
+        flops, least_bytes = self.cost(costly, self.direction, where.dtype.itemsize)
         return {
             "op": self.op,
             "name": self.name,
@@ -167,8 +198,7 @@ class Case:
             "dtype": str(where.dtype).removeprefix("torch."),
             "weights_dtype": str(torch.float32 if how.masters else where.dtype).removeprefix("torch."),
             "published_size": shape == self.shape,
-            **{short: getattr(shape, name) for name, short in names.items()},
-            "activation": shape.activation,
+            **shape.dimensions(),
             "flops": flops,
             "least_bytes": least_bytes,
         }

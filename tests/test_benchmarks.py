@@ -19,13 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import goals, measure
 from benchmarks.cases import all_cases
-from benchmarks.registry import BOTH, FORWARD, Case, Shape, Where
+from benchmarks.registry import BOTH, FORWARD, AttentionShape, Case, Shape, Where
 from diffmoe_kernels.triton_support import HAS_TRITON
 
 ROOT = Path(__file__).parents[1]
 
 
-def tiny(shape: Shape) -> Shape:
+def tiny(shape: Shape | AttentionShape) -> Shape | AttentionShape:
+    if isinstance(shape, AttentionShape):
+        return replace(shape, samples=1, length=shape.prefix + 16, heads=2)
     return replace(shape, tokens=32, hidden=32, inner=16, experts=min(shape.experts, 8), top_k=min(shape.top_k, 3))
 
 
@@ -92,6 +94,16 @@ def test_flops_are_those_that_torch_counts(name) -> None:
     with FlopCounterMode(display=False) as counter:
         step()
     assert counter.get_total_flops() == case.facts(provider, TINY)["flops"]
+
+
+def test_flops_of_attention() -> None:
+    """Of the definition; the backward computes the scores again, which the definition has no need to."""
+    case = CASES["rope_attention, DSMoE-3B, forward"]
+    shape = tiny(case.shape)
+    module = case.reference(shape, TINY, TINY.dtype).to(TINY.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(case.inputs(shape, TINY))
+    assert counter.get_total_flops() == case.facts("torch", TINY)["flops"]
 
 
 def test_memory_kept_is_counted_once() -> None:

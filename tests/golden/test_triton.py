@@ -40,7 +40,10 @@ def triton_first(monkeypatch):
 def test_the_kernels_are_called() -> None:
     from tests.golden.test_models import test_outputs_and_gradients as run
 
-    for name, ops in (("model_dsmoe_dit_rope2d", {"router_topk", "experts"}), ("model_diffmoe_dit", {"experts"})):
+    for name, ops in (
+        ("model_dsmoe_dit_rope2d", {"router_topk", "experts", "rope_attention"}),
+        ("model_diffmoe_dit", {"token_drop", "experts"}),
+    ):
         calls.clear()
         run(name)
         assert ops <= set(calls)
