@@ -221,6 +221,5 @@ def test_forward_rejects():
         make(grid_size=4, num_prefix_tokens=2)(torch.zeros(2, 16, 32))
     with pytest.raises(ValueError, match="x: expected a square number of tokens for rope '2d', got 15; set grid_size"):
         make()(torch.zeros(2, 15, 32))
-    for backend in ("triton", "cuda"):
-        with pytest.raises(NotImplementedError, match=f"rope_attention: there is no '{backend}' backend"):
-            make(backend=backend)(torch.zeros(2, 16, 32))
+    with pytest.raises(NotImplementedError, match="rope_attention: there is no 'cuda' backend"):
+        make(backend="cuda")(torch.zeros(2, 16, 32))
