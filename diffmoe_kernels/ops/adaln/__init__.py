@@ -1,12 +1,21 @@
-"""Adaptive layer norm (adaLN-Zero, arXiv:2212.09748): norm + modulate, and the gated residual."""
+"""Adaptive layer norm (adaLN-Zero, arXiv:2212.09748): norm + modulate, the gated residual, and both at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
-from diffmoe_kernels.backend import Backend, Implementation, run
+from diffmoe_kernels.backend import Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape
-from diffmoe_kernels.ops.adaln.reference import adaln_reference, gated_residual_reference
+from diffmoe_kernels.measured import fastest, movement_class
+from diffmoe_kernels.ops.adaln.reference import (
+    adaln_reference,
+    gated_residual_adaln_reference,
+    gated_residual_reference,
+)
+from diffmoe_kernels.triton_support import HAS_TRITON
 
 NORMS = ("layernorm", "rmsnorm")
 
@@ -39,10 +48,7 @@ def adaln(
         ValueError: shapes, devices or a norm that do not fit.
     """
     check_choice("norm", norm, NORMS)
-    _check(x, shift=shift, scale=scale)
-    check_floating("weight", weight)
-    check_shape("weight", weight, x.shape[2])
-    check_same_device(x=x, weight=weight)
+    _check(x, weight=weight, shift=shift, scale=scale)
     return run("adaln", backend, _ADALN, x, shift, scale, weight, norm, eps)
 
 
@@ -62,10 +68,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "au
         TypeError: tensors that are not floating.
         ValueError: shapes or devices that do not fit.
     """
-    _check(x, gate=gate)
-    check_floating("y", y)
-    check_shape("y", y, *x.shape)
-    check_same_device(x=x, y=y)
+    _check(x, y=y, gate=gate)
     return run("gated_residual", backend, _GATED_RESIDUAL, x, y, gate)
 
 
@@ -81,19 +84,51 @@ def gated_residual_adaln(
     eps: float = 1e-6,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`gated_residual`, then `adaln` of its result: (x + gate * y, its modulated norm), each (B, N, D) in x's dtype."""
-    x = gated_residual(x, y, gate, backend=backend)
-    return x, adaln(x, shift, scale, weight=weight, norm=norm, eps=eps, backend=backend)
+    """`gated_residual`, then `adaln` of its result, in one pass.
+
+    Args:
+        x, y, gate: see `gated_residual`.
+        shift, scale, weight, norm, eps: see `adaln`.
+        backend: see `diffmoe_kernels.backend`.
+
+    Returns:
+        (x + gate * y, its modulated norm), each (B, N, D) in x's dtype; the norm is of the first as it is rounded.
+
+    Raises:
+        TypeError: tensors that are not floating.
+        ValueError: shapes, devices or a norm that do not fit.
+    """
+    check_choice("norm", norm, NORMS)
+    _check(x, y=y, weight=weight, gate=gate, shift=shift, scale=scale)
+    return run("gated_residual_adaln", backend, _BOTH, x, y, gate, shift, scale, weight, norm, eps)
 
 
-def _check(x: Tensor, **per_sample: Tensor) -> None:
+def _check(x: Tensor, *, y: Tensor | None = None, weight: Tensor | None = None, **per_sample: Tensor) -> None:
     check_floating("x", x)
     check_shape("x", x, "B", "N", "D")
-    for name, tensor in per_sample.items():
+    for name, tensor, shape in (
+        ("y", y, x.shape),
+        *((name, tensor, (x.shape[0], x.shape[2])) for name, tensor in per_sample.items()),
+        ("weight", weight, x.shape[2:]),
+    ):
         check_floating(name, tensor)
-        check_shape(name, tensor, x.shape[0], x.shape[2])
-    check_same_device(x=x, **per_sample)
+        check_shape(name, tensor, *shape)
+    check_same_device(x=x, y=y, **per_sample, weight=weight)
 
 
-_ADALN = {"reference": Implementation(adaln_reference)}
-_GATED_RESIDUAL = {"reference": Implementation(gated_residual_reference)}
+def _shape_class(x: Tensor, *_: object) -> str:
+    return movement_class(x.shape[0] * x.shape[1], x.dtype)
+
+
+_ADALN = plain(adaln_reference)
+_GATED_RESIDUAL = plain(gated_residual_reference)
+_BOTH = plain(gated_residual_adaln_reference)
+if HAS_TRITON:
+    from diffmoe_kernels.ops.adaln import _library
+
+    def _triton(op: str, function: Callable[..., Any]) -> dict[str, Implementation]:
+        return {"triton": Implementation(function, _library.why_not, fastest(op, "triton", _shape_class))}
+
+    _ADALN = _triton("adaln", _library.adaln_triton) | _ADALN
+    _GATED_RESIDUAL = _triton("gated_residual", _library.gated_residual_triton) | _GATED_RESIDUAL
+    _BOTH = _triton("gated_residual_adaln", _library.gated_residual_adaln_triton) | _BOTH

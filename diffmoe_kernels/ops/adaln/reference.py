@@ -22,6 +22,14 @@ def gated_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(stream, gate.to(stream.dtype).unsqueeze(1), y.to(stream.dtype)).to(x.dtype)
 
 
+def gated_residual_adaln_reference(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Both, the norm that of the rounded sum."""
+    stream = gated_residual_reference(x, y, gate)
+    return stream, adaln_reference(stream, shift, scale, weight, norm, eps)
+
+
 def normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm or RMSNorm over the last dimension, with optional scale and shift, in x's dtype."""
     weight, bias = (vector if vector is None else vector.to(x.dtype) for vector in (weight, bias))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.experts import _grouped_mm, _triton, _triton_backward
 from diffmoe_kernels.ops.permute._triton import gather_sum
 from diffmoe_kernels.routing import Routing
@@ -17,7 +18,7 @@ PRODUCTS = {
 }
 
 
-@torch.library.custom_op("diffmoe_kernels::experts", mutates_args=())
+@operator("experts")
 def _experts(
     x: Tensor,
     gates: Tensor,
@@ -56,7 +57,7 @@ def _(x, gates, up_master, down_master, up_bias_master, down_bias_master, residu
     return x.new_empty(x.shape, dtype=dtype), pre
 
 
-@torch.library.custom_op("diffmoe_kernels::experts_backward", mutates_args=())
+@operator("experts_backward")
 def _experts_backward(
     grad: Tensor,
     x: Tensor,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.triton_support import why_not_triton
 
 
-@torch.library.custom_op("diffmoe_kernels::group_rows", mutates_args=())
+@operator("group_rows")
 def _rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
     """(R, K), (E, K, N), (E,), (E, N) -> (R, N), 0 past the last group."""
     out = multiply_rows(x, w, offs, bias=bias)
@@ -23,7 +24,7 @@ def _(x, w, offs, bias):
     return x.new_empty(x.shape[0], w.shape[2])
 
 
-@torch.library.custom_op("diffmoe_kernels::group_outer", mutates_args=())
+@operator("group_outer")
 def _outer(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """(R, M), (R, N), (E,) -> (E, M, N): each group's sum of a^T b over its rows."""
     return weight_grad(a, b, offs, dtype=a.dtype)[0]
@@ -34,7 +35,7 @@ def _(a, b, offs):
     return a.new_empty(offs.shape[0], a.shape[1], b.shape[1])
 
 
-@torch.library.custom_op("diffmoe_kernels::group_rows_backward", mutates_args=())
+@operator("group_rows_backward")
 def _rows_backward(grad: Tensor, x: Tensor, w: Tensor, offs: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x (R, K), by w as (E, N, K), by the bias (E, N), empty without one."""
     grad_x = _rows(grad, w.mT, offs, None)
@@ -50,7 +51,7 @@ def _(grad, x, w, offs, has_bias):
     return grad.new_empty(x.shape), grad.new_empty(num_groups, num_columns, depth), bias
 
 
-@torch.library.custom_op("diffmoe_kernels::group_outer_backward", mutates_args=())
+@operator("group_outer_backward")
 def _outer_backward(grad: Tensor, a: Tensor, b: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients by a (R, M) and by b (R, N)."""
     return _rows(b, grad.mT, offs, None), _rows(a, grad, offs, None)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum, unpermute_backward
 from diffmoe_kernels.routing import Routing
 
 
-@torch.library.custom_op("diffmoe_kernels::permute", mutates_args=())
+@operator("permute")
 def _permute(
     x: Tensor, token_indices: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor
 ) -> Tensor:
@@ -21,7 +22,7 @@ def _(x, token_indices, group_offsets, token_offsets, token_rows):
     return x.new_empty(token_indices.shape[0], x.shape[1])
 
 
-@torch.library.custom_op("diffmoe_kernels::permute_backward", mutates_args=())
+@operator("permute_backward")
 def _permute_backward(grad_rows: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
     return gather_sum(grad_rows.contiguous(), None, token_offsets, token_rows)
 
@@ -44,7 +45,7 @@ def _backward_of_permute(ctx, grad_rows):
 _permute.register_autograd(_backward_of_permute, setup_context=_save_for_permute)
 
 
-@torch.library.custom_op("diffmoe_kernels::unpermute", mutates_args=())
+@operator("unpermute")
 def _unpermute(
     rows: Tensor, gates: Tensor, token_indices: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor
 ) -> Tensor:
@@ -56,7 +57,7 @@ def _(rows, gates, token_indices, group_offsets, token_offsets, token_rows):
     return rows.new_empty(token_offsets.shape[0] - 1, rows.shape[1])
 
 
-@torch.library.custom_op("diffmoe_kernels::unpermute_backward", mutates_args=())
+@operator("unpermute_backward")
 def _unpermute_backward(
     grad_out: Tensor, rows: Tensor, gates: Tensor, token_indices: Tensor, group_offsets: Tensor
 ) -> tuple[Tensor, Tensor]:

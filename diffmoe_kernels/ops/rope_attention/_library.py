@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.rope_attention._prepare import Settings
 from diffmoe_kernels.ops.rope_attention._triton import attend
 from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
@@ -14,7 +15,7 @@ MAX_HEAD_DIM = 128
 MAX_SAMPLES = 65535  # of a grid's third dimension
 
 
-@torch.library.custom_op("diffmoe_kernels::rope_attention", mutates_args=())
+@operator("rope_attention")
 def _rope_attention(
     qkv: Tensor,
     q_weight: Tensor | None,
@@ -43,7 +44,7 @@ def _(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, num_heads, *options):
     return qkv.new_empty(batch, num_tokens, num_heads, head_dim), lse
 
 
-@torch.library.custom_op("diffmoe_kernels::rope_attention_backward", mutates_args=())
+@operator("rope_attention_backward")
 def _rope_attention_backward(
     grad: Tensor,
     qkv: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.router_topk._from_topk import maps_like, sort_choices, sort_choices_backward
 from diffmoe_kernels.ops.router_topk._triton import outputs_of, route
 from diffmoe_kernels.ops.router_topk._triton_backward import route_backward
@@ -12,7 +13,7 @@ from diffmoe_kernels.ops.router_topk.reference import RouterTopK
 from diffmoe_kernels.routing import Routing
 
 
-@torch.library.custom_op("diffmoe_kernels::router_topk", mutates_args=())
+@operator("router_topk")
 def _router_topk(
     router_logits: Tensor,
     expert_bias: Tensor | None,
@@ -42,7 +43,7 @@ def _(router_logits, expert_bias, top_k, *options):
     return outputs_of(router_logits, top_k)
 
 
-@torch.library.custom_op("diffmoe_kernels::router_topk_backward", mutates_args=())
+@operator("router_topk_backward")
 def _router_topk_backward(
     grad_weights: Tensor | None,
     grad_scores: Tensor | None,
@@ -109,7 +110,7 @@ def router_topk_triton(
     return RouterTopK(Routing(token_indices, gates, *maps), topk_ids, topk_weights, scores)
 
 
-@torch.library.custom_op("diffmoe_kernels::routing_from_topk", mutates_args=())
+@operator("routing_from_topk")
 def _routing_from_topk(
     topk_weights: Tensor, topk_ids: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -121,7 +122,7 @@ def _(topk_weights, topk_ids, num_experts):
     return maps_like(topk_ids, num_experts)
 
 
-@torch.library.custom_op("diffmoe_kernels::routing_from_topk_backward", mutates_args=())
+@operator("routing_from_topk_backward")
 def _routing_from_topk_backward(
     grad_gates: Tensor,
     topk_ids: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.token_drop import _capacity, _choice, _triton
 from diffmoe_kernels.routing import Routing
 
@@ -12,7 +13,7 @@ from diffmoe_kernels.routing import Routing
 Maps = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("diffmoe_kernels::token_drop", mutates_args=())
+@operator("token_drop")
 def _token_drop(scores: Tensor, expert_capacity: int, num_pools: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _triton.route(scores, expert_capacity, num_pools)
 
@@ -22,7 +23,7 @@ def _(scores, expert_capacity, num_pools):
     return _maps_like(scores, scores.shape[1] * num_pools * expert_capacity)
 
 
-@torch.library.custom_op("diffmoe_kernels::token_drop_predicted", mutates_args=())
+@operator("token_drop_predicted")
 def _token_drop_predicted(
     scores: Tensor, logits: Tensor, thresholds: Tensor, max_capacity: int, by_token: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -34,7 +35,7 @@ def _(scores, logits, thresholds, max_capacity, by_token):
     return *_maps_like(scores, scores.shape[1] * max_capacity), scores.new_empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("diffmoe_kernels::token_drop_backward", mutates_args=())
+@operator("token_drop_backward")
 def _token_drop_backward(
     grad_gates: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -62,7 +63,7 @@ _token_drop.register_autograd(_backward_of_gates, setup_context=_save_maps)
 _token_drop_predicted.register_autograd(_backward_of_gates, setup_context=_save_maps)
 
 
-@torch.library.custom_op("diffmoe_kernels::capacity_loss", mutates_args=())
+@operator("capacity_loss")
 def _capacity_loss(logits: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
     return _capacity.cross_entropy(logits, group_offsets, token_offsets, token_rows)
 
@@ -72,7 +73,7 @@ def _(logits, group_offsets, token_offsets, token_rows):
     return logits.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("diffmoe_kernels::capacity_loss_backward", mutates_args=())
+@operator("capacity_loss_backward")
 def _capacity_loss_backward(
     grad: Tensor, logits: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor
 ) -> Tensor:
@@ -96,7 +97,7 @@ def _backward_of_loss(ctx, grad):
 _capacity_loss.register_autograd(_backward_of_loss, setup_context=_save_inputs)
 
 
-@torch.library.custom_op("diffmoe_kernels::capacity_quantile", mutates_args=())
+@operator("capacity_quantile")
 def _capacity_quantile(logits: Tensor, expert_capacity: int) -> Tensor:
     return _capacity.kth_prediction(logits, expert_capacity)
 
@@ -106,7 +107,7 @@ def _(logits, expert_capacity):
     return logits.new_empty(logits.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("diffmoe_kernels::token_choice_drop", mutates_args=())
+@operator("token_choice_drop")
 def _token_choice_drop(
     topk_ids: Tensor, scores: Tensor, num_experts: int, expert_capacity: int
 ) -> tuple[Tensor, Tensor]:
