@@ -115,6 +115,7 @@ class DiTBlock(nn.Module):
 
     def __init__(self, config: DiTConfig, mlp: nn.Module) -> None:
         super().__init__()
+        self.backend = config.backend
         self.attn = RoPEAttention(
             config.hidden_size, config.num_heads, head_dim=config.head_dim, rope=None, backend=config.backend
         )
@@ -124,11 +125,11 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, MoEAux | ExpertChoiceAux | None]:
         """(B, N, D), (B, D) -> (B, N, D), and the mixture's record where there is one and it is asked for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
-        y = self.attn(ops.adaln(x, shift_attn, scale_attn))
-        x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp)
+        y = self.attn(ops.adaln(x, shift_attn, scale_attn, backend=self.backend))
+        x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp, backend=self.backend)
         has_aux = return_aux and isinstance(self.mlp, MoE | ExpertChoiceMoE)
         y, aux = self.mlp(h, return_aux=True) if has_aux else (self.mlp(h), None)
-        return ops.gated_residual(x, y, gate_mlp), aux
+        return ops.gated_residual(x, y, gate_mlp, backend=self.backend), aux
 
 
 def dense_mlp(config: DiTConfig) -> nn.Module:
@@ -175,7 +176,8 @@ class DiT(nn.Module):
         return DiTBlock(self.config, dense_mlp(self.config))
 
     def make_final_layer(self) -> nn.Module:
-        return FinalLayer(self.config.hidden_size, self.config.patch_size, self.out_channels)
+        config = self.config
+        return FinalLayer(config.hidden_size, config.patch_size, self.out_channels, backend=config.backend)
 
     @property
     def null_label(self) -> int | None:

@@ -66,6 +66,7 @@ class DSMoEBlock(nn.Module):
 
     def __init__(self, config: DSMoEConfig, use_moe: bool) -> None:
         super().__init__()
+        self.backend = config.backend
         hidden_size = config.hidden_size
         norm = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
         self.norm = config.norm
@@ -105,10 +106,11 @@ class DSMoEBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, MoEAux | None]:
         """(B, N, D), (B, D) -> (B, N, D), and the MoE layer's record where asked for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
-        y = self.attn(ops.adaln(x, shift_attn, scale_attn, weight=self.norm1.weight, norm=self.norm))
-        x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp, weight=self.norm2.weight, norm=self.norm)
+        options = {"norm": self.norm, "backend": self.backend}
+        y = self.attn(ops.adaln(x, shift_attn, scale_attn, weight=self.norm1.weight, **options))
+        x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp, weight=self.norm2.weight, **options)
         y, aux = self._mlp(h, return_aux)
-        return ops.gated_residual(x, y, gate_mlp), aux
+        return ops.gated_residual(x, y, gate_mlp, backend=self.backend), aux
 
     def _mlp(self, h: Tensor, return_aux: bool) -> tuple[Tensor, MoEAux | None]:
         if not self.use_moe:

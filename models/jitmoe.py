@@ -68,6 +68,7 @@ class JiTBlock(nn.Module):
 
     def __init__(self, config: JiTConfig, index: int) -> None:
         super().__init__()
+        self.backend = config.backend
         hidden_size = config.hidden_size
         self.norm1, self.norm2 = (nn.RMSNorm(hidden_size, eps=1e-6) for _ in range(2))
         self.attn = RoPEAttention(
@@ -104,8 +105,9 @@ class JiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, MoEAux | None]:
         """(B, N, D), (B, D) -> (B, N, D), and the mixture's record where there is one and it is asked for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
-        y = self.attn(ops.adaln(x, shift_attn, scale_attn, weight=self.norm1.weight, norm="rmsnorm"))
-        x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp, weight=self.norm2.weight, norm="rmsnorm")
+        options = {"norm": "rmsnorm", "backend": self.backend}
+        y = self.attn(ops.adaln(x, shift_attn, scale_attn, weight=self.norm1.weight, **options))
+        x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp, weight=self.norm2.weight, **options)
         aux = None
         if not self.use_moe:
             y = self.mlp(h)
@@ -113,7 +115,7 @@ class JiTBlock(nn.Module):
             y, aux = self.mlp(h, residual=h if self.adds_input else None, return_aux=True)
         else:
             y = self.mlp(h, residual=h if self.adds_input else None)
-        return ops.gated_residual(x, y, gate_mlp), aux
+        return ops.gated_residual(x, y, gate_mlp, backend=self.backend), aux
 
 
 class JiT(DiT):
@@ -140,7 +142,8 @@ class JiT(DiT):
         return JiTBlock(self.config, index)
 
     def make_final_layer(self) -> nn.Module:
-        return FinalLayer(self.config.hidden_size, self.config.patch_size, self.out_channels, norm="rmsnorm")
+        config = self.config
+        return FinalLayer(config.hidden_size, config.patch_size, self.out_channels, "rmsnorm", config.backend)
 
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor, *, return_aux: bool = False

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffmoe_kernels import ops
+from diffmoe_kernels.backend import Backend
 from diffmoe_kernels.ops.experts.reference import activate
 
 
@@ -137,9 +138,17 @@ class AdaLNModulation(nn.Sequential):
 class FinalLayer(nn.Module):
     """Modulated norm and projection to patches. Keys: ``linear``, ``adaLN_modulation.1``, for JiT ``norm_final``."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, norm: str = "layernorm") -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        patch_size: int,
+        out_channels: int,
+        norm: str = "layernorm",
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         self.norm = norm
+        self.backend = backend
         self.norm_final = nn.RMSNorm(hidden_size, eps=1e-6) if norm == "rmsnorm" else None
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = AdaLNModulation(hidden_size, 2)
@@ -148,7 +157,7 @@ class FinalLayer(nn.Module):
         """(B, N, D), (B, D) -> (B, N, patch_size^2 * out_channels)."""
         shift, scale = self.adaLN_modulation(c)
         weight = None if self.norm_final is None else self.norm_final.weight
-        return self.linear(ops.adaln(x, shift, scale, weight=weight, norm=self.norm))
+        return self.linear(ops.adaln(x, shift, scale, weight=weight, norm=self.norm, backend=self.backend))
 
 
 def sincos_table(hidden_size: int, side: int) -> Tensor:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.ops.adaln._triton import modulate, modulate_backward
 from diffmoe_kernels.ops.experts import _grouped_mm
 from diffmoe_kernels.ops.experts._triton import up_projection
 from diffmoe_kernels.ops.experts._triton_backward import down_backward
@@ -145,6 +146,31 @@ def launch_attention(sizes: tuple, dtype: torch.dtype) -> None:
     attend_backward(out, qkv, out, lse, *tables, norms, settings)
 
 
+# B, N, D, norm, dtype of the vectors
+ADALN = {
+    "DSMoE-L": (64, 256, 1024, "layernorm", torch.bfloat16),
+    "DSMoE-S": (256, 256, 384, "layernorm", torch.float32),
+    "DSMoE-3B": (64, 256, 1152, "rmsnorm", torch.float32),
+    "wide": (8, 256, 4096, "layernorm", torch.bfloat16),
+    "DSMoE-L sampling": (2, 256, 1024, "layernorm", torch.bfloat16),
+    "one token": (1, 1, 1152, "rmsnorm", torch.bfloat16),
+}
+
+
+def launch_adaln(sizes: tuple, dtype: torch.dtype) -> None:
+    """The three ops, forward and backward; the norm of one with a weight has one in each."""
+    batch, num_tokens, hidden, norm, kind = sizes
+    x = meta(batch, num_tokens, hidden, dtype=dtype)
+    gate, shift, scale = meta(batch, 6 * hidden, dtype=kind).chunk(6, dim=1)[:3]
+    weight = meta(hidden, dtype=FLOAT32) if norm == "rmsnorm" else None
+    for residual in (None, (x, gate)):
+        modulate(x, residual, (shift, scale), weight, norm, 1e-6)
+        grad_stream = None if residual is None else x
+        modulate_backward(grad_stream, x, x, residual, scale, weight, norm, 1e-6, kind)
+    modulate(x, (x, gate), None, None, "none", 0.0)
+    modulate_backward(x, None, x, (x, gate), None, None, "none", 0.0)
+
+
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 CASES: dict[str, tuple[Callable[[], object], torch.dtype]] = {}
 for name, shape in SHAPES.items():
@@ -168,3 +194,6 @@ for name in ATTENTION:
 for dtype in (FLOAT16, FLOAT32):
     for name in ("DSMoE-L", "JiT-L", "layer norm, grouped heads", "wide"):
         CASES[f"attention {name} {dtype}"] = partial(launch_attention, ATTENTION[name], dtype), dtype
+for name in ADALN:
+    CASES[f"adaln {name}"] = partial(launch_adaln, ADALN[name], BFLOAT16), BFLOAT16
+CASES["adaln DSMoE-L float32"] = partial(launch_adaln, ADALN["DSMoE-L"], FLOAT32), FLOAT32

@@ -20,10 +20,11 @@ SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block; 8
 MATRIX_PRODUCTS = ("_up_kernel", "_down_backward_kernel", "_rows_kernel", "_weight_grad_kernel")
 ATTENTION = ("_forward_kernel", "_query_backward_kernel", "_key_backward_kernel")
 BETWEEN_PRODUCTS = ("_epilogue_kernel", "_activation_backward_kernel", "_sum_rows_kernel")
-MOVEMENT = (*BETWEEN_PRODUCTS, "_gather_kernel", "_gather_sum_kernel", "_unpermute_backward_kernel")
+ADALN = ("_modulate_kernel", "_modulate_backward_kernel")
+MOVEMENT = (*ADALN, *BETWEEN_PRODUCTS, "_gather_kernel", "_gather_sum_kernel", "_unpermute_backward_kernel")
 SELECTION = (
     *("_choose_kernel", "_scan_kernel", "_place_kernel", "_cut_in_registers_kernel", "_loss_kernel"),
-    *("_mask_kernel", "_place_slots_kernel", "_place_slots_backward_kernel", "_drop_kernel"),
+    *("_sum_chunks_kernel", "_mask_kernel", "_place_slots_kernel", "_place_slots_backward_kernel", "_drop_kernel"),
 )
 
 

@@ -5,8 +5,11 @@ import torch
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.testing import assert_close, check_accuracy, poisoned_allocations, value_and_grads
+from diffmoe_kernels.triton_support import INTERPRETED
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["reference", *(["triton"] if INTERPRETED else [])]
+WAYS = [(backend, dtype) for backend in BACKENDS for dtype in DTYPES if (backend, dtype) != ("triton", torch.float64)]
 
 
 def adaln_loop(x, shift, scale, weight=None, norm="layernorm", eps=1e-6):
@@ -36,30 +39,50 @@ def make(batch, tokens, hidden, *names):
     return per_token | per_sample | ({"weight": torch.randn(hidden)} if "weight" in names else {})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def both_loop(x, y, gate, shift, scale, weight=None, norm="layernorm", eps=1e-6):
+    x = residual_loop(x, y, gate)
+    return x, adaln_loop(x, shift, scale, weight, norm, eps)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), WAYS)
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("sizes", [(2, 5, 6), (1, 1, 8), (3, 1, 64), (2, 7, 72)])
-def test_adaln(sizes, norm, dtype):
+def test_adaln(sizes, norm, backend, dtype):
     for names in (("x", "shift", "scale"), ("x", "shift", "scale", "weight")):
         inputs = make(*sizes, *names)
         with poisoned_allocations():
             check_accuracy(
-                lambda **kw: ops.adaln(**kw, norm=norm), lambda **kw: adaln_loop(**kw, norm=norm), dtype, inputs
+                lambda **kw: ops.adaln(**kw, norm=norm, backend=backend),
+                lambda **kw: adaln_loop(**kw, norm=norm),
+                dtype,
+                inputs,
             )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), WAYS)
 @pytest.mark.parametrize("sizes", [(2, 5, 6), (1, 1, 1), (3, 2, 64)])
-def test_gated_residual(sizes, dtype):
+def test_gated_residual(sizes, backend, dtype):
     with poisoned_allocations():
-        check_accuracy(ops.gated_residual, residual_loop, dtype, make(*sizes, "x", "y", "gate"))
+        check_accuracy(
+            lambda **kw: ops.gated_residual(**kw, backend=backend),
+            residual_loop,
+            dtype,
+            make(*sizes, "x", "y", "gate"),
+        )
 
 
-def test_the_fused_form_is_both_in_a_row():
-    inputs = make(2, 5, 6, "x", "y", "gate", "shift", "scale", "weight")
-    x, normed = ops.gated_residual_adaln(**inputs, norm="rmsnorm", eps=1e-3)
-    assert_close(x, residual_loop(inputs["x"], inputs["y"], inputs["gate"]))
-    assert_close(normed, adaln_loop(x, inputs["shift"], inputs["scale"], inputs["weight"], "rmsnorm", 1e-3))
+@pytest.mark.parametrize(("backend", "dtype"), WAYS)
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_the_fused_form_is_both_in_a_row(norm, backend, dtype):
+    names = ("x", "y", "gate", "shift", "scale")
+    for inputs in (make(2, 5, 6, *names), make(3, 35, 40, *names, "weight")):
+        with poisoned_allocations():
+            check_accuracy(
+                lambda **kw: torch.cat(ops.gated_residual_adaln(**kw, norm=norm, eps=1e-3, backend=backend)),
+                lambda **kw: torch.cat(both_loop(**kw, norm=norm, eps=1e-3)),
+                dtype,
+                inputs,
+            )
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
@@ -139,15 +162,20 @@ X, V = torch.zeros(2, 5, 4), torch.zeros(2, 4)
         ),
         (ValueError, "different devices: x on cpu, shift on meta", lambda: ops.adaln(X, V.to("meta"), V)),
         (ValueError, "different devices: x on cpu, weight on meta", lambda: ops.adaln(X, V, V, weight=V[0].to("meta"))),
-        (NotImplementedError, "adaln: there is no 'torch' backend", lambda: ops.adaln(X, V, V, backend="torch")),
+        (NotImplementedError, "adaln: there is no 'cuda' backend", lambda: ops.adaln(X, V, V, backend="cuda")),
+        (
+            ValueError,
+            r"y: expected shape \(2, 5, 4\), got \(2, 4\)",
+            lambda: ops.gated_residual_adaln(X, V, V, V, V),
+        ),
         (TypeError, "x: expected a floating dtype", lambda: ops.gated_residual(X.long(), X, V)),
         (ValueError, r"y: expected shape \(2, 5, 4\), got \(2, 1, 4\)", lambda: ops.gated_residual(X, X[:, :1], V)),
         (ValueError, r"gate: expected shape \(2, 4\), got \(4,\)", lambda: ops.gated_residual(X, X, V[0])),
         (ValueError, "different devices: x on cpu, y on meta", lambda: ops.gated_residual(X, X.to("meta"), V)),
         (
             NotImplementedError,
-            "gated_residual: there is no 'triton'",
-            lambda: ops.gated_residual(X, X, V, backend="triton"),
+            "gated_residual: there is no 'cuda'",
+            lambda: ops.gated_residual(X, X, V, backend="cuda"),
         ),
     ],
 )

@@ -113,7 +113,7 @@ def _check(x: Tensor, *, y: Tensor | None = None, weight: Tensor | None = None, 
     ):
         check_floating(name, tensor)
         check_shape(name, tensor, *shape)
-    check_same_device(x=x, y=y, **per_sample, weight=weight)
+    check_same_device(x=x, y=y, weight=weight, **per_sample)
 
 
 def _shape_class(x: Tensor, *_: object) -> str:
@@ -126,9 +126,9 @@ _BOTH = plain(gated_residual_adaln_reference)
 if HAS_TRITON:
     from diffmoe_kernels.ops.adaln import _library
 
-    def _triton(op: str, function: Callable[..., Any]) -> dict[str, Implementation]:
-        return {"triton": Implementation(function, _library.why_not, fastest(op, "triton", _shape_class))}
+    def _kernel(op: str, function: Callable[..., Any]) -> dict[str, Implementation]:
+        return {"triton": Implementation(function, _library.why_not, automatic=fastest(op, "triton", _shape_class))}
 
-    _ADALN = _triton("adaln", _library.adaln_triton) | _ADALN
-    _GATED_RESIDUAL = _triton("gated_residual", _library.gated_residual_triton) | _GATED_RESIDUAL
-    _BOTH = _triton("gated_residual_adaln", _library.gated_residual_adaln_triton) | _BOTH
+    _ADALN = _kernel("adaln", _library.adaln_triton) | _ADALN
+    _GATED_RESIDUAL = _kernel("gated_residual", _library.gated_residual_triton) | _GATED_RESIDUAL
+    _BOTH = _kernel("gated_residual_adaln", _library.gated_residual_adaln_triton) | _BOTH

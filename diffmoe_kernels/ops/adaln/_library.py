@@ -9,7 +9,7 @@ from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.adaln._triton import modulate, modulate_backward
 from diffmoe_kernels.triton_support import why_not_triton
 
-MAX_WIDTH = 8192  # of a row, which a program holds whole
+MAX_WIDTH = 4096  # of a row, which a program holds whole
 
 
 def _empty_for_none(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:

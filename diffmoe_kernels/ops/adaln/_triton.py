@@ -14,9 +14,9 @@ from torch import Tensor
 
 from diffmoe_kernels.triton_support import next_power_of_2
 
-FORWARD_TOKENS, BACKWARD_TOKENS = 16, 32  # of a program: the sample's vectors are read, its sums written, once for all
+MANY, FEW, BUSY = 32, 8, 8192  # tokens of a program, that share its sample's vectors; few where there are not BUSY
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 32, 16  # of each tensor that a thread holds at a time
-SUMMED_PARTS, SUMMED_COLUMNS = 8, 128  # of a block of the second kernel
+SUMMED_PARTS, SUMMED_COLUMNS = 8, 64  # of a block of the second kernel
 
 
 @triton.jit
@@ -25,13 +25,12 @@ def _load_vector(vector, columns, D: tl.constexpr):
 
 
 @triton.jit
-def _standardize(values, mask, eps, D: tl.constexpr, NORM: tl.constexpr):
+def _standardize(values, in_rows, columns, eps, D: tl.constexpr, NORM: tl.constexpr):
     """The norm before any scale, and its reciprocal (BLOCK_N, 1), finite where there is no row."""
     if NORM == "layernorm":
-        values = tl.where(mask, values - (tl.sum(values, 1) / D)[:, None], 0.0)
-    square = (tl.sum(values * values, 1) / D)[:, None]
-    in_rows = tl.max(mask.to(tl.int32), 1)[:, None] > 0
-    reciprocal = 1.0 / tl.sqrt(tl.where(in_rows, square + eps, 1.0))
+        values = tl.where((columns < D)[None, :], values - (tl.sum(values, 1) / D)[:, None], 0.0)
+    variance = tl.sum(values * values, 1) / D
+    reciprocal = (1.0 / tl.sqrt(tl.where(in_rows, variance + eps, 1.0)))[:, None]
     return values * reciprocal, reciprocal
 
 
@@ -71,7 +70,8 @@ def _modulate_kernel(
         shifts = _load_vector(shift + sample * shift_stride, columns, D)
     for start in range(0, TOKENS, BLOCK_N):
         tokens = first + start + tl.arange(0, BLOCK_N)
-        mask = (tokens < num_tokens)[:, None] & (columns < D)[None, :]
+        in_rows = tokens < num_tokens
+        mask = in_rows[:, None] & (columns < D)[None, :]
         at = (sample * num_tokens + tokens)[:, None] * D + columns[None, :]
         values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
@@ -79,7 +79,7 @@ def _modulate_kernel(
             tl.store(stream + at, rounded, mask=mask)
             values = rounded.to(tl.float32)  # the norm is of what is written
         if NORM != "none":
-            normed, _ = _standardize(values, mask, eps, D, NORM)
+            normed, _ = _standardize(values, in_rows, columns, eps, D, NORM)
             tl.store(out + at, (normed * factors + shifts).to(out.dtype.element_ty), mask=mask)
 
 
@@ -125,12 +125,13 @@ def _modulate_backward_kernel(
         by_factor = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, TOKENS, BLOCK_N):
         tokens = first + start + tl.arange(0, BLOCK_N)
-        mask = (tokens < num_tokens)[:, None] & (columns < D)[None, :]
+        in_rows = tokens < num_tokens
+        mask = in_rows[:, None] & (columns < D)[None, :]
         at = (sample * num_tokens + tokens)[:, None] * D + columns[None, :]
         if NORM != "none":
             values = tl.load(stream + at, mask=mask, other=0.0).to(tl.float32)
             grads = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
-            normed, reciprocal = _standardize(values, mask, eps, D, NORM)
+            normed, reciprocal = _standardize(values, in_rows, columns, eps, D, NORM)
             by_shift += grads
             by_factor += grads * normed
             grads *= factors
@@ -168,7 +169,7 @@ def _sum_kind(parts, kind, num_chunks, columns, KINDS: tl.constexpr, D: tl.const
 # parts (B * chunks, KINDS, D), scale (B, D), weight (D,) -> grad_gate, grad_shift, grad_scale, by_weight (B, D),
 # the last one each sample's share of the weight's gradient
 @triton.jit
-def _sum_parts_kernel(
+def _sum_chunks_kernel(
     parts,
     scale,
     weight,
@@ -204,8 +205,9 @@ def _sum_parts_kernel(
         tl.store(grad_scale + at, total.to(grad_scale.dtype.element_ty), mask=in_width)
 
 
-def _tiles(num_tokens: int, width: int, tokens: int, elements: int) -> dict[str, int]:
+def _tiles(batch: int, num_tokens: int, width: int, elements: int) -> dict[str, int]:
     """Warps for a whole row, and as many rows at a time as they have room for."""
+    tokens = MANY if batch * num_tokens >= BUSY else FEW
     block_d = max(next_power_of_2(width), 16)
     warps = min(max(block_d // (32 * elements), 4), 16)
     block_n = max(min(warps * 32 * elements // block_d, next_power_of_2(num_tokens), tokens), 1)
@@ -246,7 +248,7 @@ def modulate(
     out = stream if modulation is None else torch.empty_like(x)
     if x.numel() == 0:
         return stream, out
-    tiles = _tiles(num_tokens, width, FORWARD_TOKENS, FORWARD_ELEMENTS)
+    tiles = _tiles(*x.shape, FORWARD_ELEMENTS)
     _modulate_kernel[(batch * triton.cdiv(num_tokens, tiles["TOKENS"]),)](
         *(x if one is None else one for one in (x, y, gate, shift, scale, weight)),
         stream,
@@ -300,7 +302,7 @@ def modulate_backward(
     if stream.numel() == 0:
         vectors = (None if one is None else one.zero_() for one in vectors)
         return grad_x, grad_y, *vectors, None if weight is None else torch.zeros_like(weight)
-    tiles = _tiles(num_tokens, width, BACKWARD_TOKENS, BACKWARD_ELEMENTS)
+    tiles = _tiles(*stream.shape, BACKWARD_ELEMENTS if has_norm else FORWARD_ELEMENTS)
     num_chunks = triton.cdiv(num_tokens, tiles["TOKENS"])
     flags = {
         "D": width,
@@ -321,7 +323,7 @@ def modulate_backward(
         **flags,
         **tiles,
     )
-    _sum_parts_kernel[(batch, triton.cdiv(width, SUMMED_COLUMNS))](
+    _sum_chunks_kernel[(batch, triton.cdiv(width, SUMMED_COLUMNS))](
         *(parts if one is None else one for one in (parts, scale, weight, *vectors, by_weight)),
         _stride(scale),
         num_chunks,
