@@ -86,7 +86,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: float32 as IEEE says, unless torch's own setting allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def next_power_of_2(n: int) -> int:

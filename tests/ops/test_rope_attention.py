@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from diffmoe_kernels import ops
+from diffmoe_kernels.ops.rope_attention.reference import prepare_qkv
 from diffmoe_kernels.testing import assert_close, check_accuracy, poisoned_allocations, value_and_grads
 from diffmoe_kernels.triton_support import HAS_TRITON
 
@@ -355,3 +356,14 @@ def test_arguments_that_would_be_ignored_or_truncated_are_refused() -> None:
         ops.adaln(x, vector.long(), vector)
     with pytest.raises(TypeError, match="y: expected a floating dtype"):
         ops.gated_residual(x, x.long(), vector)
+
+
+def test_what_is_neither_normalised_nor_rotated_is_not_copied():
+    """SDPA gets views of the packed projection in its own dtype."""
+    qkv = torch.randn(2, 9, 12, 8, dtype=torch.bfloat16)
+    norms = {"qk_norm": None, "q_norm": (None, None), "k_norm": (None, None), "norm_eps": 1e-6}
+    plain = prepare_qkv(qkv, None, None, 4, rope=None, num_prefix_tokens=0, **norms)
+    assert all(one.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr() for one in plain)
+    tables = ops.rope_table("2d", 8, 3)
+    *_, v = prepare_qkv(qkv, *tables, 4, rope="2d", num_prefix_tokens=0, **norms)
+    assert v.dtype == torch.bfloat16

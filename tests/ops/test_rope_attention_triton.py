@@ -86,6 +86,53 @@ def test_a_norm_of_q_alone():
     check(inputs, options, torch.float32)
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_norms_without_weights_or_epsilon(norm):
+    """Rows past the last token have no deviation to divide by."""
+    inputs, options = inputs_of(20, 16, norm=norm)
+    for backend in ("triton", "reference"):
+        qkv = inputs["qkv"].clone().requires_grad_()
+        y = ops.rope_attention(qkv, **options, norm_eps=0.0, backend=backend)
+        (grad,) = torch.autograd.grad(y.square().sum(), qkv)
+        if backend == "triton":
+            ours = y, grad
+    assert_close(ours[0], y, tolerance=1e-5)
+    assert_close(ours[1], grad, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("names", [["q_norm_bias"], ["k_norm_weight", "q_norm_bias"], ["q_norm_weight"]])
+def test_weights_of_norms_in_float32(names):
+    """As a bfloat16 activation meets them under autocast, some of them left out."""
+    inputs, options = inputs_of(20, 16, norm="layernorm")
+    weights = {name: 1 + 0.1 * torch.randn(16) for name in names}
+    results = {}
+    for backend in ("triton", "reference"):
+        leaves = {"qkv": inputs["qkv"].bfloat16(), **weights}
+        leaves = {name: one.clone().requires_grad_() for name, one in leaves.items()}
+        y = ops.rope_attention(**leaves, **options, backend=backend)
+        results[backend] = y, *torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
+    for ours, right in zip(*results.values(), strict=True):
+        assert_close(ours, right, tolerance=2e-2)
+
+
+def test_a_scale_that_float16_has_no_room_for():
+    qkv = torch.ones(1, 4, 3, 1, 8, dtype=torch.float16) * 1e-3
+    qkv[:, :, 0] = 5e4
+    with pytest.raises(NotImplementedError, match="a scale of at most ln 2 in float16, not 1.0"):
+        ops.rope_attention(qkv, scale=1.0, backend="triton")
+    assert ops.rope_attention(qkv, scale=0.5, backend="triton").isfinite().all()
+
+
+def test_tables_that_ask_for_a_gradient_under_no_grad():
+    inputs, options = inputs_of(20, 16)
+    tables = {name: options[name].clone().requires_grad_() for name in ("cos", "sin")}
+    with pytest.raises(NotImplementedError, match="no gradient by cos and sin"):
+        ops.rope_attention(**inputs, **{**options, **tables}, backend="triton")
+    with torch.no_grad():
+        ours = ops.rope_attention(**inputs, **{**options, **tables}, backend="triton")
+    assert torch.equal(ours, ops.rope_attention(**inputs, **options, backend="triton"))
+
+
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
 from diffmoe_kernels.triton_support import why_not_triton
 
 MAX_HEAD_DIM = 128
-MAX_SAMPLES = 65535  # of a grid's third dimension
+MAX_HEADS = MAX_SAMPLES = 65535  # of a grid's second and third dimension
 
 
 @operator("rope_attention")
@@ -109,7 +111,7 @@ def rope_attention_triton(
 ) -> Tensor:
     (q_weight, k_weight), (q_bias, k_bias) = _both(q_norm[0], k_norm[0], 1.0), _both(q_norm[1], k_norm[1], 0.0)
     norms = tuple(None if one is None else one.contiguous() for one in (q_weight, q_bias, k_weight, k_bias))
-    # Half as many bytes, and four times as exact as what the rotated bfloat16 numbers keep.
+    # Half as many bytes, and eight times as exact as what the rotated bfloat16 numbers keep.
     kind = torch.float16 if qkv.dtype == torch.bfloat16 else torch.float32
     tables = (None if one is None else one.detach().to(kind).contiguous() for one in (cos, sin))
     keeps = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (qkv, *norms))
@@ -125,13 +127,19 @@ def _both(q: Tensor | None, k: Tensor | None, neutral: float) -> tuple[Tensor | 
     return torch.full_like(k, neutral) if q is None else q, torch.full_like(q, neutral) if k is None else k
 
 
-def why_not(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, **_: object) -> str | None:
+def why_not(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, scale: float, **_: object
+) -> str | None:
     if qkv.shape[3] > MAX_HEAD_DIM:
         return f"the kernels take up to {MAX_HEAD_DIM} channels a head, not {qkv.shape[3]}"
     if qkv.shape[0] > MAX_SAMPLES:
         return f"the kernels take up to {MAX_SAMPLES} samples, not {qkv.shape[0]}"
+    if num_heads > MAX_HEADS:
+        return f"the kernels take up to {MAX_HEADS} heads, not {num_heads}"
     if qkv.shape[3] % 2:
         return f"the kernels take an even number of channels a head, not {qkv.shape[3]}"
-    if any(table is not None and table.requires_grad for table in (cos, sin)):
+    if qkv.dtype == torch.float16 and abs(scale) > math.log(2):  # q is scaled by it before it is rounded
+        return f"the kernels take a scale of at most ln 2 in float16, not {scale}"
+    if torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in (cos, sin)):
         return "the kernels take no gradient by cos and sin"
     return why_not_triton(qkv)

@@ -105,14 +105,17 @@ def _mean(first, second, D: tl.constexpr):
 
 
 @triton.jit
-def standardize(first, second, eps, NORM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """The norm before scale and shift, and the reciprocal that it divides by, (BLOCK, 1)."""
+def standardize(
+    first, second, in_rows, eps, NORM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr
+):
+    """The norm before scale and shift, and the reciprocal it multiplies by, (BLOCK, 1), finite where there is no row."""
     if NORM == "layernorm":
         mean = _mean(first, second, D)
         _, _, exists = channels(ROPE, D, HALF)
         first = tl.where(exists[None, :], first - mean, 0.0)
         second = tl.where(exists[None, :], second - mean, 0.0)
-    inverse = 1.0 / tl.sqrt(_mean(first * first, second * second, D) + eps)
+    variance = _mean(first * first, second * second, D)
+    inverse = 1.0 / tl.sqrt(tl.where(in_rows[:, None], variance + eps, 1.0))
     return first * inverse, second * inverse, inverse
 
 
@@ -150,7 +153,7 @@ def load_prepared(
     """Rows of q or k, normalised and rotated, as two (BLOCK, HALF) float32 tiles."""
     first, second = load_pairs(head, rows, rows < num_tokens, stride, ROPE, D, HALF)
     if NORM != "none":
-        first, second, _ = standardize(first, second, eps, NORM, ROPE, D, HALF)
+        first, second, _ = standardize(first, second, rows < num_tokens, eps, NORM, ROPE, D, HALF)
         if HAS_WEIGHT:
             one, two = load_vector(weight, ROPE, D, HALF)
             first, second = first * one, second * two
@@ -198,7 +201,7 @@ def store_prepared_backward(
             tl.store(grad_bias + one, tl.sum(tl.where(in_rows[:, None], first, 0.0), 0), mask=exists)
             tl.store(grad_bias + two, tl.sum(tl.where(in_rows[:, None], second, 0.0), 0), mask=exists)
         raw_first, raw_second = load_pairs(head, rows, in_rows, stride, ROPE, D, HALF)
-        unit_first, unit_second, inverse = standardize(raw_first, raw_second, eps, NORM, ROPE, D, HALF)
+        unit_first, unit_second, inverse = standardize(raw_first, raw_second, in_rows, eps, NORM, ROPE, D, HALF)
         if HAS_WEIGHT:
             by_first = tl.where(in_rows[:, None], first * unit_first, 0.0)
             by_second = tl.where(in_rows[:, None], second * unit_second, 0.0)

@@ -15,7 +15,7 @@ def rope_attention_reference(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, scale: float, **preparation: Any
 ) -> Tensor:
     """(B, N, H + 2 Hkv, d) -> (B, N, H * d), in float32 until the end; ``preparation`` as of `prepare_qkv`."""
-    q, k, v = prepare_qkv(qkv, cos, sin, num_heads, **preparation)
+    q, k, v = map(at_least_float32, prepare_qkv(qkv, cos, sin, num_heads, **preparation))
     k, v = (heads.repeat_interleave(num_heads // heads.shape[2], dim=2) for heads in (k, v))
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
     out = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
@@ -35,9 +35,14 @@ def prepare_qkv(
     k_norm: tuple[Tensor | None, Tensor | None],
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits, normalises per head and rotates: q (B, N, H, d), k and v (B, N, Hkv, d), at least float32."""
+    """Splits, normalises per head and rotates: q (B, N, H, d), k and v (B, N, Hkv, d).
+
+    What is normalised or rotated is in float32 at least; the rest is a view of qkv.
+    """
     num_kv_heads = (qkv.shape[2] - num_heads) // 2
-    q, k, v = at_least_float32(qkv).split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    if qk_norm is not None or rope is not None:
+        q, k = at_least_float32(q), at_least_float32(k)
     if qk_norm is not None:
         q = normalize(q, qk_norm, *q_norm, norm_eps)
         k = normalize(k, qk_norm, *k_norm, norm_eps)
