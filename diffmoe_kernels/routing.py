@@ -196,5 +196,12 @@ def _exclusive_offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
+def for_kernels(routing: Routing) -> Routing:
+    """The record as the kernels read it: int32 indices and float32 gates, each without gaps."""
+    indices = (routing.token_indices, routing.group_offsets, routing.token_offsets, routing.token_rows)
+    token_indices, *offsets = (one.to(torch.int32).contiguous() for one in indices)
+    return Routing(token_indices, routing.gates.to(torch.float32).contiguous(), *offsets)
+
+
 # Lets torch.compile, activation checkpointing and FSDP2 see the tensors inside.
 _pytree.register_dataclass(Routing)

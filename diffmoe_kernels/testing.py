@@ -76,11 +76,14 @@ def assert_error_within(
     assert error <= bound, f"{name}: error {error:.3g} against float64, plain {kernel_out.dtype} has {plain:.3g}"
 
 
-def value_and_grads(function: Callable[..., Tensor], **inputs: Tensor) -> dict[str, Tensor]:
+def value_and_grads(
+    function: Callable[..., Tensor], *, weighting_dtype: torch.dtype | None = None, **inputs: Tensor
+) -> dict[str, Tensor]:
     """Calls ``function`` on fresh leaves and returns its output and every gradient of a fixed weighting of it.
 
     Args:
         function: takes the inputs by name and returns one floating tensor.
+        weighting_dtype: what the weighting is rounded to before it is cast to the output's dtype; that one where None.
         **inputs: floating tensors; strides are kept.
 
     Returns:
@@ -89,7 +92,8 @@ def value_and_grads(function: Callable[..., Tensor], **inputs: Tensor) -> dict[s
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     output = function(**leaves)
     generator = torch.Generator().manual_seed(0)
-    weighting = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+    weighting = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(weighting_dtype or output.dtype)
+    weighting = weighting.to(output)
     grads = torch.autograd.grad(output, list(leaves.values()), weighting, allow_unused=True, materialize_grads=True)
     return {"output": output.detach(), **{f"grad of {n}": grad for n, grad in zip(leaves, grads, strict=True)}}
 
@@ -106,7 +110,8 @@ def check_accuracy(
     ``plain`` is run in dtype and, on the same rounded inputs, in float64, where ``kernel`` must equal it too.
     """
     rounded = {name: tensor.to(dtype) for name, tensor in inputs.items()}
-    exact = value_and_grads(plain, **{name: tensor.double() for name, tensor in rounded.items()})
+    wide = {name: tensor.double() for name, tensor in rounded.items()}
+    exact = value_and_grads(plain, weighting_dtype=dtype, **wide)
     ours, theirs = value_and_grads(kernel, **rounded), value_and_grads(plain, **rounded)
     for name, expected in exact.items():
         if dtype == torch.float64:

@@ -26,6 +26,8 @@ def why_not_triton(tensor: Tensor, *, dtypes: tuple[torch.dtype, ...] = DTYPES) 
         return f"the kernels take {', '.join(str(one) for one in dtypes)}, not {tensor.dtype}"
     if tensor.device.type not in ("cuda", "meta") and not INTERPRETED:
         return f"the tensors are on {tensor.device.type}, the kernels need a CUDA device"
+    if tensor.is_cuda and torch.cuda.get_device_properties(tensor.device).major < 8:
+        return "the kernels need a GPU of compute capability 8.0 or more"
     return None
 
 

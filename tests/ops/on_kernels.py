@@ -14,5 +14,5 @@ ON_KERNELS = "torch on kernels"  # as "torch" runs on a GPU: our kernels between
 
 def experts(*args: object, backend: str = "auto", **options: object) -> Tensor:
     implementation = sys.modules["diffmoe_kernels.ops.experts._torch"]
-    with mock.patch.object(implementation, "takes_kernels", lambda x, **_: backend == ON_KERNELS):
+    with mock.patch.object(implementation, "takes_kernels", lambda *_, **__: backend == ON_KERNELS):
         return ops.experts(*args, backend="torch" if backend == ON_KERNELS else backend, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -210,3 +212,41 @@ def test_wrong_offsets_are_told_in_debug_mode(form, offsets, message):
             ops.grouped_gemm(x, w, offs, backend="triton")
         else:
             ops.grouped_gemm(x.mT, x, offs, backend="triton")
+
+
+def with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, each beside another that does not belong to them."""
+    return torch.stack([tensor, tensor.flip(0)], 1)[:, 0]
+
+
+@pytest.mark.parametrize("field", ["token_indices", "gates", "group_offsets", "token_offsets", "token_rows", "wide"])
+def test_records_that_others_made(field):
+    """Index arrays and gates with strides, or of the wider dtypes that plain PyTorch yields."""
+    torch.manual_seed(0)
+    routing, x, weights = routing_of(requires_grad=False), tokens(), parameters()
+    if field == "wide":
+        other = Routing(*(one.double() if one.is_floating_point() else one.long() for one in leaves_of(routing)))
+    else:
+        other = dataclasses.replace(routing, **{field: with_gaps(getattr(routing, field))})
+    for backend in ("triton", ON_KERNELS):
+        outcomes = []
+        for record in (other, routing):
+            gates = record.gates.detach().requires_grad_()
+            y = experts(x, dataclasses.replace(record, gates=gates), **weights, backend=backend)
+            outcomes.append([y, *torch.autograd.grad(y.square().sum(), [x, gates, *weights.values()])])
+        for one, expected in zip(*outcomes, strict=True):
+            assert torch.equal(one.to(expected.dtype), expected)
+    rows = ops.permute(x, routing, backend="reference")
+    assert torch.equal(ops.unpermute(rows, other, backend="triton"), ops.unpermute(rows, routing, backend="triton"))
+    count = routing.group_offsets[-1]
+    assert torch.equal(ops.permute(x, other, backend="triton")[:count], rows[:count])
+
+
+def leaves_of(routing: Routing) -> list[torch.Tensor]:
+    return [getattr(routing, field.name) for field in dataclasses.fields(routing)]
+
+
+def test_a_float64_residual_is_refused():
+    residual = torch.randn(NUM_TOKENS, HIDDEN, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="the residual is torch.float64"):
+        ops.experts(tokens(), routing_of(), **parameters(), residual=residual, backend="triton")

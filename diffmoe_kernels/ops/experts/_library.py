@@ -8,7 +8,7 @@ from torch import Tensor
 from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.experts import _grouped_mm, _triton, _triton_backward
 from diffmoe_kernels.ops.permute._triton import gather_sum
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, for_kernels
 from diffmoe_kernels.triton_support import why_not_triton
 
 # Who multiplies: (T, D) -> rows (R, D) and the pre-activation, and the way back.
@@ -50,8 +50,8 @@ def _experts(
 
 
 @_experts.register_fake
-def _(x, gates, up_master, down_master, up_bias_master, down_bias_master, residual, token_indices, *_):
-    keep_pre = _[-2]
+def _(x, gates, up_master, down_master, up_bias_master, down_bias_master, residual, token_indices, group_offsets,
+      token_offsets, token_rows, up, down, up_bias, down_bias, activation, keep_pre, products):  # fmt: skip
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     pre = x.new_empty(token_indices.shape[0] if keep_pre else 0, up_master.shape[1])
     return x.new_empty(x.shape, dtype=dtype), pre
@@ -160,13 +160,14 @@ def experts_on_kernels(
     products: str,
 ) -> Tensor:
     """`experts` with the products of ``PRODUCTS[products]``."""
+    routing = for_kernels(routing)
     masters = up_proj, down_proj, up_bias, down_bias
     inputs = (x, routing.gates, *masters, residual)
     keeps = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs[:6])
     cast = [None if one is None else one.detach().to(x.dtype).contiguous() for one in masters]
     y, _ = _experts(
         x.contiguous(),
-        routing.gates.contiguous(),
+        routing.gates,
         *masters,
         None if residual is None else residual.contiguous(),
         routing.token_indices,
@@ -183,10 +184,12 @@ def experts_on_kernels(
 
 def why_not(
     x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor, *, dropout: float, up_bias: Tensor | None,
-    down_bias: Tensor | None, **_: object,
+    down_bias: Tensor | None, residual: Tensor | None, **_: object,
 ) -> str | None:  # fmt: skip
     if dropout:
         return "the kernels have no dropout"
     if (up_bias is None) != (down_bias is None):
         return "the kernels want both biases or none"
+    if residual is not None and residual.dtype == torch.float64:
+        return "the kernels sum in float32, the residual is torch.float64"
     return why_not_triton(x)

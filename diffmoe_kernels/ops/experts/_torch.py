@@ -17,16 +17,20 @@ from diffmoe_kernels.triton_support import HAS_TRITON
 
 
 def experts_torch(x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor, **options: Any) -> Tensor:
-    if takes_kernels(x, **options):
+    if takes_kernels(x, routing, up_proj, down_proj, **options):
         from diffmoe_kernels.ops.experts._library import experts_on_kernels
 
         return experts_on_kernels(x, routing, up_proj, down_proj, products="grouped_mm", **options)
     return experts_reference(x, routing, up_proj, down_proj, gemm=multiply_rows, **options)
 
 
-def takes_kernels(x: Tensor, *, dropout: float, up_bias: Tensor | None, down_bias: Tensor | None, **_: Any) -> bool:
+def takes_kernels(x: Tensor, *args: Any, **options: Any) -> bool:
     """Whether the kernels between the products can run."""
-    return HAS_TRITON and x.is_cuda and not dropout and (up_bias is None) == (down_bias is None)
+    if not HAS_TRITON or not x.is_cuda:
+        return False
+    from diffmoe_kernels.ops.experts import _library
+
+    return _library.why_not(x, *args, **options) is None
 
 
 def why_not(x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor, **_: object) -> str | None:

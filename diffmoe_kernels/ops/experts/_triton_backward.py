@@ -141,8 +141,9 @@ def _sum_parts_kernel(parts, group_offsets, out, num_groups, num_rows, num_parts
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = rows < tl.load(group_offsets + num_groups - 1)
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, num_parts):
-        total += tl.load(parts + part * num_rows + rows, mask=valid, other=0.0)
+    for _ in range(0, num_parts):
+        total += tl.load(parts + rows, mask=valid, other=0.0)
+        parts += num_rows
     tl.store(out + rows, total, mask=rows < num_rows)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum, unpermute_backward
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, for_kernels
 
 
 @operator("permute")
@@ -84,10 +84,12 @@ _unpermute.register_autograd(_backward_of_unpermute, setup_context=_save_for_unp
 
 
 def permute_triton(x: Tensor, routing: Routing) -> Tensor:
+    routing = for_kernels(routing)
     maps = routing.token_indices, routing.group_offsets, routing.token_offsets, routing.token_rows
     return _permute(x.contiguous(), *maps)
 
 
 def unpermute_triton(rows: Tensor, routing: Routing) -> Tensor:
+    routing = for_kernels(routing)
     maps = routing.token_indices, routing.group_offsets, routing.token_offsets, routing.token_rows
-    return _unpermute(rows.contiguous(), routing.gates.contiguous(), *maps)
+    return _unpermute(rows.contiguous(), routing.gates, *maps)

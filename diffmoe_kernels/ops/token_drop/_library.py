@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.token_drop import _capacity, _choice, _triton
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, for_kernels
 
 # The fields of a Routing, but the gates first: opcheck adds to the first output, which so must be floating.
 Maps = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -135,6 +135,7 @@ def token_drop_predicted_triton(
 
 
 def capacity_loss_triton(capacity_logits: Tensor, routing: Routing) -> Tensor:
+    routing = for_kernels(routing)
     maps = routing.group_offsets, routing.token_offsets, routing.token_rows
     return _capacity_loss(capacity_logits.contiguous(), *maps)
 
