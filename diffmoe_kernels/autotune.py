@@ -2,16 +2,18 @@
 
 Off by default: kernels take the tiles of `diffmoe_kernels/ops/grouped_gemm/tiles.py`. With ``DIFFMOE_AUTOTUNE=1`` in
 the environment the first call of each product at a new shape class times the candidates on the data at hand, most of
-it compiling, and notes the fastest in ``tiles.json``, which later calls and later processes read. The file lies in
-``DIFFMOE_CACHE_DIR``, or ``diffmoe-kernels`` in the user's cache directory. Nothing is searched while a CUDA graph is
-captured: run a step before.
+it compiling, and notes the fastest in ``tiles.json``, which later calls and later processes read: what stands there
+first holds, so that ranks and restarts take the same tile, and with it the same order of summation, unless they search
+at the same time. The file lies in ``DIFFMOE_CACHE_DIR``, or ``diffmoe-kernels`` in the user's cache directory. Nothing
+is searched while a CUDA graph is captured: run a step before.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import threading
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -60,46 +62,54 @@ def best_tile(
         candidates: tried once per shape class, device and version of Triton; those that do not fit are passed over.
         launch: runs the kernel with a tile on the data at hand; called many times, so it must not change its inputs.
     """
-    if not is_on() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if not is_on():
         return default
     file = cache_file()
-    known = _known(file)
     key = " | ".join(map(str, (device_name(), f"triton {triton.__version__}", kernel, *shape_class)))
-    if key not in known:
+    if key not in _read.get(file, ()):
+        _read[file] = _load(file) | _read.get(file, {})
+    if key not in _read[file]:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return default
         times = {tile: _time(launch, tile) for tile in dict.fromkeys((default, *candidates))}
-        _note(file, key, min(times, key=times.get))
-    return known[key]
+        best = min(times, key=times.get)
+        if times[best] == float("inf"):
+            launch(default)  # raises what is wrong with it
+        _note(file, key, best)
+    return _read[file][key]
 
 
 def _time(launch: Callable[[Tile], object], tile: Tile) -> float:
-    """Median milliseconds of a launch; infinite for a tile that the device can't run."""
+    """Median milliseconds of a launch; infinite for a tile that the device or the compiler can't take."""
     try:
         launch(tile)
-    except (OutOfResources, CompilationError, PTXASError):
+    except (OutOfResources, CompilationError, PTXASError, RuntimeError):  # the last: a pass of the compiler that failed
         return float("inf")
     return triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20, return_mode="median")
 
 
-def _known(file: Path) -> dict[str, Tile]:
-    if file not in _read:
-        _read[file] = _load(file)
-    return _read[file]
-
-
 def _load(file: Path) -> dict[str, Tile]:
-    if not file.exists():
+    try:
+        text = file.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        warnings.warn(f"the tiles of earlier searches can't be read: {error}", stacklevel=2)
         return {}
     try:
-        return {key: Tile(**tile) for key, tile in json.loads(file.read_text()).items()}
+        return {key: Tile(**tile) for key, tile in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: expected the tiles of an earlier search, got {error}; delete the file") from error
 
 
 def _note(file: Path, key: str, tile: Tile) -> None:
     """Adds a tile to what the file holds by now; other processes may write it too, and see whole files only."""
-    _known(file)[key] = tile
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tiles = {**_load(file), key: tile}
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as temporary:
-        json.dump({key: asdict(tile) for key, tile in sorted(tiles.items())}, temporary, indent=1)
-    os.replace(temporary.name, file)
+    _read[file] = {key: tile} | _read[file] | _load(file)
+    text = json.dumps({key: asdict(tile) for key, tile in sorted(_read[file].items())}, indent=1)
+    temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.replace(temporary, file)
+    except OSError as error:
+        warnings.warn(f"the tiles that were found are not kept: {error}; set DIFFMOE_CACHE_DIR", stacklevel=2)

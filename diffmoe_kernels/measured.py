@@ -2,7 +2,8 @@
 
 The table is ``measured.json``: rows of an op, a compute capability, a shape class, the fastest backend, and the figures
 that say so with the file of results they are from. ``python -m benchmarks.prefer results.json`` writes it.
-What is not in it was not measured, and "auto" passes over a kernel there.
+What is not in it was not measured, and "auto" passes over a kernel there, unless PyTorch's own way would wait for the
+device. (The "torch" backend of `experts` has our kernels between its products whatever the table says.)
 """
 
 from __future__ import annotations
@@ -39,16 +40,21 @@ def load(file: Path = FILE) -> dict[Key, str]:
 TABLE = load()
 
 
-def fastest(op: str, backend: str, shape_class: Callable[..., str]) -> Callable[..., bool]:
+def fastest(
+    op: str, backend: str, shape_class: Callable[..., str], *, rival_waits: Callable[[Tensor], bool] | None = None
+) -> Callable[..., bool]:
     """Whether ``backend`` was measured fastest for an op's arguments, as `Implementation.automatic` asks.
 
     Args:
         op: its name in the table.
         backend: the implementation's.
         shape_class: of the op's arguments.
+        rival_waits: of the first argument, whether the other way waits for the device and so loses unmeasured.
     """
 
     def automatic(first: Tensor, *args: object, **options: object) -> bool:
+        if rival_waits is not None and rival_waits(first):
+            return True
         capability = capability_of(first.device)
         if capability is None:
             return False

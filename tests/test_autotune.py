@@ -130,3 +130,60 @@ def test_candidates_hold_the_defaults(monkeypatch, capability, paired):
     assert {tile.descriptors for tile in tried} == ({False, True} if capability >= 90 else {False})
     assert tiles.pick_tile(65536, 16, 1024, 1024, torch.bfloat16, paired=paired) in tried
     assert len(list(tiles.candidates(torch.float32))) >= 3
+
+
+def test_a_capture_takes_what_is_known_and_searches_nothing(searching, monkeypatch):
+    search(searching, (1,))
+    searching.clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert search(searching, (1,)) == FAST
+    assert search(searching, (2,)) == DEFAULT and not searching
+
+
+def test_the_first_entry_of_a_file_holds(searching, monkeypatch, tmp_path):
+    """Another process searched at the same time and was done first."""
+    autotune.best_tile("rows", (1,), SLOW, [], lambda tile: searching.append(tile))
+    loads = iter([{}, autotune._load(tmp_path / "tiles.json")])
+    monkeypatch.setattr(autotune, "_load", lambda file: next(loads))
+    monkeypatch.setattr(autotune, "_read", {})
+    assert search(searching, (1,)) == SLOW
+
+
+def test_tiles_that_the_compiler_fails_on_are_passed_over(searching):
+    def launch(tile: Tile) -> None:
+        if tile != SLOW:
+            raise RuntimeError("PassManager::run failed")
+        searching.append(tile)
+
+    assert autotune.best_tile("rows", (1,), DEFAULT, [FAST, SLOW, BIG], launch) == SLOW
+
+    def never(tile: Tile) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    with pytest.raises(RuntimeError, match="PassManager"):
+        autotune.best_tile("rows", (2,), DEFAULT, [FAST], never)
+
+
+def test_a_folder_that_can_not_be_written_costs_a_warning(searching, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIFFMOE_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    with pytest.warns(UserWarning, match="not kept: .*set DIFFMOE_CACHE_DIR"):
+        assert search(searching) == FAST
+    searching.clear()
+    assert search(searching) == FAST and not searching
+
+
+def test_others_may_read_the_file(searching, tmp_path):
+    (tmp_path / "other").write_text("")
+    search(searching)
+    assert (tmp_path / "tiles.json").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_float32_products_of_either_precision_are_searched_apart(searching, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiles, "candidates", lambda *_, **__: iter([]))
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", lambda run, **_: 1.0)
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(tiles, "input_precision", lambda dtype, precision=precision: precision)
+        tiles.best_product_tile("rows", lambda tile: None, (64, 2, 16, 16), torch.float32)
+    assert len(json.loads((tmp_path / "tiles.json").read_text())) == 2

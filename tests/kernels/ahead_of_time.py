@@ -44,6 +44,7 @@ class Compiled:
     widest_load: bits of the widest load from global memory, of a thread.
     loads_in_flight: copies to shared memory that may still be under way where the code waits for one.
     bulk_copies: instructions of the bulk copy engine.
+    compiled_as: what Triton keeps the kernel under; the same where a launch needs no other code.
     """
 
     case: str
@@ -57,6 +58,7 @@ class Compiled:
     widest_load: int
     loads_in_flight: int
     bulk_copies: int
+    compiled_as: str
 
 
 class StubDriver:
@@ -122,6 +124,7 @@ def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
         widest_load=max(widths, default=0),
         loads_in_flight=max((int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", code)), default=0),
         bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", code)),
+        compiled_as=kernel.hash,
     )
 
 

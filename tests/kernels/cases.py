@@ -33,7 +33,11 @@ SHAPES = {
     "DSMoE-3B-E16 sampling": (2048, 1152, 2880, 16, 2, "swiglu"),
     "DiffMoE-L-E8": (16384, 1024, 4096, 8, 1, "gelu_tanh"),
     "DSMoE-L-E48 sampling": (512, 1024, 448, 48, 5, "swiglu"),
+    "256 experts": (16384, 1024, 448, 256, 8, "swiglu"),
+    "one expert": (4096, 1024, 2048, 1, 1, "swiglu"),
+    "one token": (1, 64, 64, 1, 1, "gelu_tanh"),
     "odd": (1000, 72, 40, 5, 2, "silu"),
+    "wide": (4096, 4096, 64, 16, 2, "silu"),
 }
 
 
@@ -64,6 +68,13 @@ def launch_experts(shape: tuple, dtype: torch.dtype, backward: bool, bias: bool)
     gather_sum(multiply_rows(grad_pre, up, offsets), None, token_offsets, token_rows)
     weight_grad(grad_pre, x, offsets, gather="b", **master)
     weight_grad(x, weighted, offsets, gather="a", gates=gates, **master)
+
+
+def launch_transposed(num_rows: int) -> None:
+    """Products whose operands have the rows side by side in memory, as `grouped_gemm` may be given them."""
+    across, offsets = meta(256, num_rows, dtype=torch.bfloat16).mT, meta(4)
+    multiply_rows(across, meta(4, 192, 256, dtype=torch.bfloat16).mT, offsets)
+    weight_grad(across, across, offsets, dtype=torch.bfloat16)
 
 
 def launch_around_grouped_mm(shape: tuple, dtype: torch.dtype) -> None:
@@ -176,18 +187,22 @@ CASES: dict[str, tuple[Callable[[], object], torch.dtype]] = {}
 for name, shape in SHAPES.items():
     backward = "sampling" not in name
     CASES[f"experts {name}"] = partial(launch_experts, shape, BFLOAT16, backward, name.startswith("DiffMoE")), BFLOAT16
+for name in ("256 experts", "one expert", "one token"):
+    CASES[f"experts {name} float32"] = partial(launch_experts, SHAPES[name], FLOAT32, True, True), FLOAT32
+for num_rows in (1024, 4096):
+    CASES[f"transposed, {num_rows} rows"] = partial(launch_transposed, num_rows), BFLOAT16
 for dtype in (FLOAT16, FLOAT32):
     CASES[f"experts odd {dtype}"] = partial(launch_experts, SHAPES["odd"], dtype, True, True), dtype
 CASES["experts DSMoE-S-E48 float32"] = partial(launch_experts, SHAPES["DSMoE-S-E48"], FLOAT32, True, False), FLOAT32
 for name in ("DSMoE-L-E48", "DiffMoE-L-E8"):
     CASES[f"around grouped_mm {name}"] = partial(launch_around_grouped_mm, SHAPES[name], BFLOAT16), BFLOAT16
-for name in ("DSMoE-L-E48", "DSMoE-S-E48"):
+for name in ("DSMoE-L-E48", "DSMoE-S-E48", "one token", "wide"):
     CASES[f"movement {name}"] = partial(launch_movement, SHAPES[name], BFLOAT16), BFLOAT16
 for sizes in ((65536, 48, 5, 1, False), (16384, 16, 2, 2, False), (65536, 16, 1, 1, True), (4096, 256, 8, 8, False)):
     CASES[f"router {sizes}"] = partial(launch_router, *sizes), FLOAT32
 for sizes in ((65536, 48, 5), (4096, 256, 8)):
     CASES[f"given choices {sizes}"] = partial(launch_given_choices, *sizes), FLOAT32
-for sizes in ((16384, 8), (65536, 16)):  # in registers, and in several passes
+for sizes in ((16384, 8), (65536, 16), (300000, 256), (1, 1)):  # in registers, and in several passes
     CASES[f"token_drop {sizes}"] = partial(launch_token_drop, *sizes), FLOAT32
 for name in ATTENTION:
     CASES[f"attention {name}"] = partial(launch_attention, ATTENTION[name], BFLOAT16), BFLOAT16

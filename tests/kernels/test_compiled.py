@@ -79,6 +79,15 @@ def test_products_fetch_ahead(compiled, capability):
             assert row["loads_in_flight"] > 0, row
 
 
+def test_no_number_of_rows_needs_a_kernel_of_its_own(compiled):
+    """How many rows there are varies from step to step; a compile in the middle of a run takes seconds."""
+    rows = [row for row in compiled[90] if row["case"].startswith("transposed, ")]
+    kernels = [
+        {row["kernel"]: row["compiled_as"] for row in rows if f" {num} rows" in row["case"]} for num in (1024, 4096)
+    ]
+    assert len(kernels[0]) == 2 and kernels[0] == kernels[1]
+
+
 REGISTERS, SHARED, RESERVED = 65536, 227 * 1024, 1024  # of a multiprocessor of sm_90, and what a block takes unasked
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffmoe_kernels import ops
+from diffmoe_kernels import measured, ops
+from diffmoe_kernels.ops.grouped_gemm import _torch
 from diffmoe_kernels.testing import assert_close, check_accuracy, poisoned_allocations, value_and_grads
 from diffmoe_kernels.triton_support import HAS_TRITON
 
@@ -225,3 +227,65 @@ X, W, OFFS = torch.zeros(5, 4), torch.zeros(3, 4, 2), torch.zeros(3, dtype=torch
 def test_rejects_bad_input(error, message, x, w, options):
     with pytest.raises(error, match=message):
         ops.grouped_gemm(x, w, **{"offs": OFFS, **options})
+
+
+class Operands(TorchDispatchMode):
+    """Collects (operand, the dimension that the groups divide) of every `grouped_mm`, that of its backward too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten._grouped_mm:
+            x, w = args[:2]
+            self.seen += zip((x, w), _torch._DIVIDED[x.dim(), w.dim()], strict=True)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("column_major", [False, True])
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_groups_begin_where_a_gpu_can_read_them(form, column_major):
+    """On CUDA grouped_mm asserts whole 16 bytes between groups where their dimension is the one of stride 1."""
+    inputs = {name: one.bfloat16() for name, one in operands(form, 3, rows=24).items()}
+    if column_major:
+        inputs = {name: one.mT.contiguous().mT for name, one in inputs.items()}
+    offs = torch.tensor([5, 5, 24], dtype=torch.int32)
+    with Operands() as operands_of:
+        value_and_grads(lambda x, w: ops.grouped_gemm(x, w, offs, backend="torch"), **inputs)
+    assert len(operands_of.seen) == 6
+    for operand, divided in operands_of.seen:
+        strides = operand.stride()[-2:]
+        assert sorted(strides)[0] == 1 and max(strides) % 8 == 0, strides
+        if divided is not None:
+            assert strides[divided] != 1, (form, operand.shape, strides)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [
+        (None, torch.float32, False),
+        ("9.0", torch.bfloat16, False),
+        ("10.3", torch.bfloat16, False),
+        ("9.0", torch.float16, True),
+        ("8.0", torch.bfloat16, True),
+        ("12.0", torch.bfloat16, True),
+    ],
+)
+def test_where_grouped_mm_waits_auto_takes_the_kernels(monkeypatch, capability, dtype, expected):
+    for module in (_torch, measured):
+        monkeypatch.setattr(module, "capability_of", lambda device: capability)
+    x, w, offs = torch.zeros(8, 16, dtype=dtype), torch.zeros(1, 16, 16, dtype=dtype), torch.tensor([8]).int()
+    assert _torch.waits(x) is expected
+    if HAS_TRITON:
+        implementations = ops.grouped_gemm.__globals__["_IMPLEMENTATIONS"]
+        assert implementations["triton"].automatic(x, w, offs, None) is expected
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_offsets_with_gaps():
+    offs = torch.tensor([[5, 0], [5, 0], [12, 0]], dtype=torch.int32)[:, 0]
+    for form in FORMS[:3]:
+        inputs = operands(form, 3)
+        expected = ops.grouped_gemm(**inputs, offs=offs, backend="reference")
+        assert_close(ops.grouped_gemm(**inputs, offs=offs, backend="triton"), expected)

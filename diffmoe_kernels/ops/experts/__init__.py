@@ -10,6 +10,7 @@ from diffmoe_kernels.checks import check_choice, check_floating, check_same_devi
 from diffmoe_kernels.measured import experts_class, fastest
 from diffmoe_kernels.ops.experts import _torch
 from diffmoe_kernels.ops.experts.reference import experts_reference
+from diffmoe_kernels.ops.grouped_gemm._torch import waits as grouped_mm_waits
 from diffmoe_kernels.routing import Routing, check_routing
 from diffmoe_kernels.triton_support import HAS_TRITON
 
@@ -106,7 +107,7 @@ if HAS_TRITON:
         "triton": Implementation(
             partial(_library.experts_on_kernels, products="triton"),
             _library.why_not,
-            automatic=fastest("experts", "triton", _shape_class),
+            automatic=fastest("experts", "triton", _shape_class, rival_waits=grouped_mm_waits),
         ),
         **_IMPLEMENTATIONS,
     }

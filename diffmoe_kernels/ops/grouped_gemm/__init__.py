@@ -92,7 +92,9 @@ if HAS_TRITON:
 
     _IMPLEMENTATIONS = {
         "triton": Implementation(
-            _library.grouped_gemm_triton, _library.why_not, automatic=fastest("grouped_gemm", "triton", _shape_class)
+            _library.grouped_gemm_triton,
+            _library.why_not,
+            automatic=fastest("grouped_gemm", "triton", _shape_class, rival_waits=_torch.waits),
         ),
         **_IMPLEMENTATIONS,
     }

@@ -96,6 +96,7 @@ _outer.register_autograd(_backward_of_outer, setup_context=_save_outer)
 def grouped_gemm_triton(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> Tensor:
     if offs is None:
         return torch.bmm(x, w)  # equal groups
+    offs = offs.contiguous()
     if (x.dim(), w.dim()) == (2, 3):
         return _rows(x, w, offs, bias)
     if (x.dim(), w.dim()) == (2, 2):

@@ -1,10 +1,12 @@
-"""`grouped_gemm` through `torch.nn.functional.grouped_mm`: no host sync."""
+"""`grouped_gemm` through `torch.nn.functional.grouped_mm`; where that waits for the device, `waits` says so."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffmoe_kernels.measured import capability_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FEWEST_ROWS = 16  # below it a CPU's matrix product takes another routine, whose rounding is another
@@ -17,8 +19,9 @@ def grouped_gemm_torch(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor |
     x, w = _reached(x, offs, dim_x), _reached(w, offs, dim_w)
     if (x.dim(), w.dim()) == (2, 3):
         return multiply_rows(x, w, offs, bias)
-    out = _AlignedGradient.apply(F.grouped_mm(_aligned(x, dim_x), _aligned(w, dim_w), offs=offs), dim_w)
-    return _reached(out, offs, dim_w if x.dim() == 3 else None)
+    dim_out = dim_w if x.dim() == 3 else None
+    out = _AlignedGradient.apply(F.grouped_mm(_aligned(x, dim_x), _aligned(w, dim_w), offs=offs), dim_out)
+    return _reached(out, offs, dim_out)
 
 
 def multiply_rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,21 +52,33 @@ def _multiply_padded(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 def why_not(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> str | None:
     sizes = [size for dim, size in enumerate(x.shape[-2:]) if dim != _DIVIDED[x.dim(), w.dim()][0]]
     sizes += [size for dim, size in enumerate(w.shape[-2:]) if dim != _DIVIDED[x.dim(), w.dim()][1]]
-    return why_not_sizes(x, min(x.numel(), w.numel()), *sizes)
+    return why_not_traced(x) or why_not_sizes(x, min(x.numel(), w.numel()), *sizes)
+
+
+def why_not_traced(x: Tensor) -> str | None:
+    """Why grouped_mm can't be traced for x's dtype, or None."""
+    if (torch.compiler.is_compiling() or x.is_meta) and x.dtype != torch.bfloat16:
+        return "under torch.compile and on the meta device grouped_mm takes bfloat16 only"
+    return None
 
 
 def why_not_sizes(x: Tensor, rows: int, *sizes: int) -> str | None:
     """Why grouped_mm can't multiply ``rows`` rows of x's dtype between matrices of these sizes, or None."""
     if x.dtype not in _DTYPES:
         return f"grouped_mm takes bfloat16, float16 and float32, not {x.dtype}"
-    if (torch.compiler.is_compiling() or x.is_meta) and x.dtype != torch.bfloat16:
-        return "under torch.compile and on the meta device grouped_mm takes bfloat16 only"
     if rows == 0:
         return "grouped_mm takes no empty operand"
     for size in sizes:
         if size * x.element_size() % 16:
             return f"grouped_mm wants strides of whole 16 bytes, got a size of {size} in {x.dtype}"
     return None
+
+
+def waits(x: Tensor) -> bool:
+    """Whether grouped_mm reads the offsets back to the host: PyTorch has a fast path in bfloat16 on Hopper and
+    Blackwell only (`aten/src/ATen/native/cuda/GroupedBlas.cpp`), else one product a group."""
+    capability = capability_of(x.device)
+    return capability is not None and not (x.dtype == torch.bfloat16 and capability.split(".")[0] in ("9", "10"))
 
 
 class _AlignedGradient(torch.autograd.Function):
@@ -80,9 +95,13 @@ class _AlignedGradient(torch.autograd.Function):
 
 
 def _aligned(matrix: Tensor, divided: int | None) -> Tensor:
-    """The same numbers with one stride of 1 and one of whole 16 bytes; the size of dim ``divided`` may be odd."""
+    """The same numbers with one stride of 1 and one of whole 16 bytes, the latter on dim ``divided``.
+
+    There groups may begin anywhere; on the other one grouped_mm wants every group to begin at whole 16 bytes.
+    """
     rows, columns = matrix.shape[-2:]
-    for long, short, size in ((-2, -1, columns), (-1, -2, rows)):
+    row_major, column_major = (-2, -1, columns), (-1, -2, rows)
+    for long, short, size in {0: [row_major], 1: [column_major], None: [row_major, column_major]}[divided]:
         stride = matrix.stride(long)
         if matrix.stride(short) == 1 and stride >= size and stride * matrix.element_size() % 16 == 0:
             return matrix

@@ -69,7 +69,6 @@ def _rows_kernel(
     num_columns: tl.constexpr,
     depth: tl.constexpr,
     stride_x: tl.constexpr,
-    stride_xk: tl.constexpr,
     stride_we: tl.constexpr,
     stride_wk: tl.constexpr,
     stride_wn: tl.constexpr,
@@ -103,7 +102,7 @@ def _rows_kernel(
                     w_tile = tl.reshape(w.load([group, start, tile_n * BLOCK_N]), (BLOCK_K, BLOCK_N))
                 total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
         else:
-            x_at = x + rows.to(tl.int64)[:, None] * stride_x + k[None, :] * stride_xk
+            x_at = x + rows.to(tl.int64)[:, None] * stride_x + k[None, :]
             w_at = w + group.to(tl.int64) * stride_we
             w_at = w_at + k[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
             for start in range(0, depth, BLOCK_K):
@@ -113,7 +112,7 @@ def _rows_kernel(
                     in_x, in_w = in_rows & inside[None, :], in_columns & inside[:, None]
                 x_tile = tl.load(x_at, mask=in_x, other=0.0)
                 total = tl.dot(x_tile, tl.load(w_at, mask=in_w, other=0.0), total, input_precision=PRECISION)
-                x_at += BLOCK_K * stride_xk
+                x_at += BLOCK_K
                 w_at += BLOCK_K * stride_wk
         if HAS_BIAS:
             bias_at = bias + group * num_columns + columns
@@ -132,12 +131,15 @@ def multiply_rows(
 ) -> Tensor:
     """(R, K), (E, K, N) of any strides, (E, N) -> (R, N); not written past the last group.
 
+    Strides are compiled in, so none may vary with R: x with gaps within its rows is copied.
+
     tile: other than the one of `tiles.py`.
     """
     num_rows, (num_groups, depth, num_columns) = x.shape[0], w.shape
     out = x.new_empty(num_rows, num_columns)
     if out.numel() == 0:
         return out
+    x = x if x.stride(1) == 1 else x.contiguous()
     k_inner = w.stride(1) == 1
 
     def launch(tile: Tile) -> None:
@@ -155,7 +157,7 @@ def multiply_rows(
             num_groups,
             num_columns,
             depth,
-            *x.stride(),
+            x.stride(0),
             *w.stride(),
             HAS_BIAS=bias is not None,
             PRECISION=input_precision(x.dtype),
@@ -166,5 +168,6 @@ def multiply_rows(
         )
 
     sizes = (num_rows, num_groups, num_columns, depth)
-    launch(tile or best_product_tile("rows", launch, sizes, x.dtype, k_inner, bias is not None))
+    is_aligned = x.stride(0) * x.element_size() % 16 == 0
+    launch(tile or best_product_tile("rows", launch, sizes, x.dtype, k_inner, is_aligned, bias is not None))
     return out

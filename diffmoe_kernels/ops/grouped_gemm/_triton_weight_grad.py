@@ -31,9 +31,7 @@ def _weight_grad_kernel(
     size_m: tl.constexpr,
     size_n: tl.constexpr,
     stride_a: tl.constexpr,
-    stride_am: tl.constexpr,
     stride_b: tl.constexpr,
-    stride_bn: tl.constexpr,
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
     HAS_GATES: tl.constexpr,
@@ -69,12 +67,12 @@ def _weight_grad_kernel(
         source_a = (tokens if GATHER_A else rows).to(tl.int64)
         source_b = (tokens if GATHER_B else rows).to(tl.int64)
         a_tile = tl.load(
-            a + source_a[None, :] * stride_a + m[:, None] * stride_am,
+            a + source_a[None, :] * stride_a + m[:, None],
             mask=inside[None, :] & (m < size_m)[:, None],
             other=0.0,
         )
         b_tile = tl.load(
-            b + source_b[:, None] * stride_b + n[None, :] * stride_bn,
+            b + source_b[:, None] * stride_b + n[None, :],
             mask=inside[:, None] & (n < size_n)[None, :],
             other=0.0,
         )
@@ -107,6 +105,8 @@ def weight_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """Per group the sum over its rows of a^T b: (R, M), (R, N) -> (E, M, N) in ``dtype``.
 
+    Strides are compiled in, so none may vary with R: operands with gaps within their rows are copied.
+
     Args:
         gather: "a" or "b", whose rows are tokens (T, ...), read through ``token_indices``.
         gates: (R,), weights of the rows in the bias gradient alone.
@@ -118,6 +118,7 @@ def weight_grad(
     bias_out = None if bias_dtype is None else a.new_empty(num_groups, size_m, dtype=bias_dtype)
     if out.numel() == 0:
         return out, bias_out if bias_out is None else bias_out.zero_()
+    a, b = (one if one.stride(1) == 1 else one.contiguous() for one in (a, b))
     num_rows = (a if token_indices is None else token_indices).shape[0]
 
     def launch(tile: Tile) -> None:
@@ -135,8 +136,8 @@ def weight_grad(
             tiles_n,
             size_m,
             size_n,
-            *a.stride(),
-            *b.stride(),
+            a.stride(0),
+            b.stride(0),
             GATHER_A=gather == "a",
             GATHER_B=gather == "b",
             HAS_GATES=gates is not None,

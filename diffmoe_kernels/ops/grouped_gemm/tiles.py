@@ -15,7 +15,7 @@ from itertools import product
 import torch
 
 from diffmoe_kernels.autotune import best_tile
-from diffmoe_kernels.triton_support import Tile, compute_capability, next_power_of_2
+from diffmoe_kernels.triton_support import Tile, compute_capability, input_precision, next_power_of_2
 
 FEW, SOME = 32, 128  # rows of an average group, up to which a tile of 32 or 64 rows wastes less than one of 128
 
@@ -75,7 +75,7 @@ def best_product_tile(
     """`pick_tile`'s of these (rows, groups, columns, depth), or what an opt-in search found; see `autotune`."""
     num_rows, num_groups, num_columns, depth = sizes
     default = pick_tile(*sizes, dtype, paired=paired)
-    shape_class = (next_power_of_2(num_rows // num_groups), num_groups, num_columns, depth, dtype, *options)
+    shape_class = (next_power_of_2(num_rows // num_groups), *sizes[1:], dtype, input_precision(dtype), *options)
     return best_tile(kernel, shape_class, default, candidates(dtype, paired=paired), launch)
 
 
@@ -85,7 +85,7 @@ def best_weight_grad_tile(
     """The same for (rows, groups, size_m, size_n) of `pick_weight_grad_tile`."""
     num_rows, num_groups, size_m, size_n = sizes
     default = pick_weight_grad_tile(size_m, size_n, dtype)
-    shape_class = (next_power_of_2(num_rows // num_groups), num_groups, size_m, size_n, dtype, *options)
+    shape_class = (next_power_of_2(num_rows // num_groups), *sizes[1:], dtype, input_precision(dtype), *options)
     return best_tile("weight_grad", shape_class, default, candidates(dtype, weight_grad=True), launch)
 
 

@@ -108,7 +108,7 @@ def _mean(first, second, D: tl.constexpr):
 def standardize(
     first, second, in_rows, eps, NORM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr
 ):
-    """The norm before scale and shift, and the reciprocal it multiplies by, (BLOCK, 1), finite where there is no row."""
+    """The norm before scale and shift, and its reciprocal (BLOCK, 1), finite where there is no row."""
     if NORM == "layernorm":
         mean = _mean(first, second, D)
         _, _, exists = channels(ROPE, D, HALF)
