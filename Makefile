@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 DEMO ?= runs/demo
 ZOO ?= runs/zoo
-# Of gpu-check: what it writes, and after how many seconds it starts no more benchmarks.
+# Of gpu-check: the file that it writes, and after how many seconds it starts nothing more.
 RESULTS ?= benchmarks/results/gpu.json
 BUDGET ?= 500
 SHOWN := median,iqr,rounds
@@ -45,16 +45,9 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed  ## timings of the ops and layers on this machine
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=$(SHOWN)
 
-# Takes what $(PYTHON) has, torch, triton, pytest and pytest-benchmark among it, and installs nothing. The benchmarks
-# run after failing tests too, as long as BUDGET lasts, seconds from the start of the tests; the most telling come first.
+# Takes what $(PYTHON) has, torch, triton, pytest and pytest-benchmark among it, and installs nothing.
 gpu-check:  ## the tests that need a CUDA device, then the benchmarks, then what they reach of the goals
-	mkdir -p "$(dir $(RESULTS))" && rm -f "$(RESULTS)"
-	start=$$(date +%s); status=0; \
-	$(PYTHON) -m pytest tests -m gpu -q --durations=5 || status=1; \
-	left=$$(($(BUDGET) - $$(date +%s) + start)); \
-	$(PYTHON) -m pytest benchmarks -q --benchmark-columns=$(SHOWN) --benchmark-json="$(RESULTS)" --budget=$$left || status=1; \
-	$(PYTHON) -m benchmarks.goals "$(RESULTS)" || status=1; \
-	exit $$status
+	$(PYTHON) -m benchmarks.check "$(RESULTS)" --budget=$(BUDGET)
 
 clean:  ## all but the runs of your own
 	rm -rf $(VENV) $(DEMO) $(ZOO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

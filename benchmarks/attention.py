@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -12,40 +13,62 @@ from benchmarks.registry import BOTH, FORWARD, AttentionShape, Build, Case, Prov
 from diffmoe_kernels import ops
 
 SHAPES = {
-    "DSMoE-L": AttentionShape(64, 256, 16, 64),
     "DSMoE-S": AttentionShape(256, 256, 6, 64),
+    "DSMoE-L": AttentionShape(64, 256, 16, 64),
     "DSMoE-3B": AttentionShape(64, 256, 16, 72),
-    "JiT-L": AttentionShape(64, 288, 16, 64, prefix=32, norm="rmsnorm"),
+    "JiT-L": AttentionShape(64, 288, 16, 64, prefix=32, rope="2d_interleaved", norm="rmsnorm"),
     "512 px": AttentionShape(16, 1024, 16, 64),
+    "DiT-L": AttentionShape(64, 256, 16, 64, rope=None),  # DiffMoE's too: positions are added to the tokens
 }
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
-class Attention(nn.Module):
-    """`ops.rope_attention` with its tables and norms; ``pinned`` names the kernel of SDPA, on a GPU."""
+def pinned(kernel: str | None, x: Tensor) -> AbstractContextManager[None]:
+    """SDPA by that kernel alone, on a GPU."""
+    return sdpa_kernel(KERNELS[kernel]) if kernel and x.is_cuda else nullcontext()
 
-    def __init__(self, shape: AttentionShape, backend: str, pinned: str | None = None, rotates: bool = True) -> None:
+
+class Attention(nn.Module):
+    """`ops.rope_attention` with its tables and norms; ``kernel`` names SDPA's."""
+
+    def __init__(self, shape: AttentionShape, backend: str, kernel: str | None = None) -> None:
         super().__init__()
-        self.shape, self.backend, self.pinned, self.rotates = shape, backend, pinned, rotates
-        side = int((shape.length - shape.prefix) ** 0.5)
-        for name, table in zip(("cos", "sin"), ops.rope_table(shape.rope, shape.head_dim, side), strict=True):
-            self.register_buffer(name, table)
-        for name in ("q_norm", "k_norm"):
-            weight = nn.Parameter(1 + 0.1 * torch.randn(shape.head_dim)) if shape.norm else None
-            self.register_parameter(name, weight)
+        self.backend, self.kernel, self.options = backend, kernel, {}
+        if shape.rope:
+            side = int((shape.length - shape.prefix) ** 0.5)
+            for name, table in zip(("cos", "sin"), ops.rope_table(shape.rope, shape.head_dim, side), strict=True):
+                self.register_buffer(name, table)
+            self.options |= {"rope": shape.rope, "num_prefix_tokens": shape.prefix}
+        if shape.norm:
+            for name in ("q_norm_weight", "k_norm_weight"):
+                self.register_parameter(name, nn.Parameter(1 + 0.1 * torch.randn(shape.head_dim)))
+            self.options["qk_norm"] = shape.norm
 
     def forward(self, qkv: Tensor) -> Tensor:
-        shape, options = self.shape, {}
-        if self.rotates:
-            options = {"cos": self.cos, "sin": self.sin, "rope": shape.rope, "num_prefix_tokens": shape.prefix}
-            if shape.norm:
-                options |= {"qk_norm": shape.norm, "q_norm_weight": self.q_norm, "k_norm_weight": self.k_norm}
-        with sdpa_kernel(KERNELS[self.pinned]) if self.pinned and qkv.is_cuda else nullcontext():
-            return ops.rope_attention(qkv, **options, backend=self.backend)
+        with pinned(self.kernel, qkv):
+            tensors = {**dict(self.named_buffers()), **dict(self.named_parameters())}
+            return ops.rope_attention(qkv, **tensors, **self.options, backend=self.backend)
 
 
-def of(backend: str, **options: object) -> Build:
-    return lambda shape, where, dtype: Attention(shape, backend, **options)
+class Bare(nn.Module):
+    """SDPA of the projection's views: what is left where the projection before it has rotated and normalised."""
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        with pinned(self.kernel, qkv):
+            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, d) each
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def of(backend: str, kernel: str | None = None) -> Build:
+    return lambda shape, where, dtype: Attention(shape, backend, kernel)
+
+
+def bare(kernel: str) -> Build:
+    return lambda shape, where, dtype: Bare(kernel)
 
 
 class Exact(Attention):
@@ -79,13 +102,13 @@ def cost(shape: AttentionShape, direction: str, size: int) -> tuple[int, int]:
 
 def cases(where: Where) -> list[Case]:
     compiled = where.compiler is not None
-    providers = {"triton": Provider(of("triton"), "triton"), "torch": Provider(of("torch"), "torch")}
-    for name in KERNELS:
-        providers[f"compiled, {name}"] = Provider(of("torch", pinned=name), "torch", compiled=compiled)
-    # The rotation and the norm left to the projection before it: what that road would leave to be done here.
-    bare = {f"{name}, no rotation": Provider(of("torch", pinned=name, rotates=False), ceiling=True) for name in KERNELS}
-    return [
-        Case("rope_attention", name, direction, shape, providers | bare, packed, exact, cost)
-        for name, shape in SHAPES.items()
-        for direction in (FORWARD, BOTH)
-    ]
+    ours = {name: Provider(of(name), name) for name in ("triton", "torch")}
+    rotating = {f"compiled, {name}": Provider(of("torch", name), "torch", compiled=compiled) for name in KERNELS}
+    found = []
+    for name, shape in SHAPES.items():
+        # Where nothing is rotated they compute the same.
+        rest = {f"{kernel}, no rotation": Provider(bare(kernel), ceiling=shape.rope is not None) for kernel in KERNELS}
+        providers = ours | (rotating if shape.rope else {}) | rest
+        for direction in (FORWARD, BOTH):
+            found.append(Case("rope_attention", name, direction, shape, providers, packed, exact, cost))
+    return found

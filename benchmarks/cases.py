@@ -1,18 +1,31 @@
-"""All cases, the most telling first: those behind the project's goals, so that a short budget still shows them."""
+"""All cases, and their pairs with providers in parts: what the goals' verdicts need, what they compare with, extras."""
 
 from __future__ import annotations
 
 from benchmarks import attention, experts, layers, routing
-from benchmarks.registry import BOTH, Case, Where
+from benchmarks.goals import GOALS, Key
+from benchmarks.registry import Case, Where
+
+OWN_PARTS = {"experts": "experts", "rope_attention": "attention"}  # of the ops' verdicts
+PARTS = ("experts", "layers", "attention", "compared", "extras")  # each fits a process, the most telling first
 
 
 def all_cases(where: Where) -> list[Case]:
-    found = [*experts.cases(where), *layers.cases(where), *routing.cases(where), *attention.cases(where)]
-    return sorted(found, key=_is_extra)
+    return [*experts.cases(where), *layers.cases(where), *routing.cases(where), *attention.cases(where)]
 
 
-def _is_extra(case: Case) -> bool:
-    """Whether no goal reads it: the experts forward at training sizes, and backward at DiffMoE's."""
-    if case.op != "experts":
-        return case.op in ("permute", "token-choice layer")
-    return case.name == layers.DIFFMOE or (case.direction != BOTH and "sampling" not in case.name)
+def pairs(where: Where) -> list[tuple[str, Case, str]]:
+    """Part, case and provider of each pair; within a part in the order of the goals."""
+    found = {(*case.key, provider): case for case in all_cases(where) for provider in case.providers}
+    decisive = [key for goal in GOALS for key in goal.decisive]
+    shown = [key for goal in GOALS for key in goal.shown]
+
+    def part(key: Key) -> str:
+        if key in decisive:
+            return OWN_PARTS.get(key[0], "layers")
+        return "compared" if key in shown else "extras"
+
+    order = dict.fromkeys([*decisive, *shown, *found])
+    return sorted(
+        ((part(key), found[key], key[3]) for key in order if key in found), key=lambda one: PARTS.index(one[0])
+    )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from diffmoe_kernels.triton_support import HAS_TRITON
 
 _NOT_RUN: list[dict[str, Any]] = []
 _CEILINGS: dict[str, float] = {}
@@ -21,6 +21,16 @@ _START = time.monotonic()
 def pytest_addoption(parser: pytest.Parser) -> None:
     about = "start no benchmark later than this; the most telling come first"
     parser.addoption("--budget", type=float, metavar="SECONDS", help=about)
+    parser.addoption("--part", help="run one part alone, as benchmarks.cases calls it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "part(name): the part of the benchmarks that it belongs to")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if part := config.getoption("part"):
+        items[:] = [item for item in items if (own := item.get_closest_marker("part")) and own.args[0] == part]
 
 
 @pytest.fixture
@@ -48,7 +58,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         reason = report.longrepr[2].removeprefix("Skipped: ")
     else:
         crash = getattr(report.longrepr, "reprcrash", None)
-        reason = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]
+        message = crash.message if crash else str(report.longrepr)
+        reason = next(iter(message.strip().splitlines()), "no message")
     facts = dict(report.user_properties).get("facts", {})
     _NOT_RUN.append({"test": report.nodeid, **facts, "outcome": report.outcome, "reason": reason})
 
@@ -62,7 +73,22 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
-    output_json["run"] = {
+    output_json |= _about_the_run()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where nothing was timed pytest-benchmark writes nothing; why it was not is told all the same."""
+    option = session.config.getoption("benchmark_json")  # a path, or with older versions of the plugin an open file
+    if not option or not _NOT_RUN:
+        return
+    path = Path(option.name if hasattr(option, "write") else option)
+    if not path.exists() or not path.stat().st_size:
+        path.write_text(json.dumps({"benchmarks": [], **_about_the_run()}))
+
+
+def _about_the_run() -> dict[str, Any]:
+    run = {
         "device": _device(),
         "compute_capability": _capability(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -76,7 +102,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
         "seconds": round(time.monotonic() - _START, 1),
         "ceilings": _CEILINGS,
     }
-    output_json["not_run"] = _NOT_RUN
+    return {"run": run, "not_run": _NOT_RUN}
 
 
 def _device() -> str:
@@ -90,10 +116,10 @@ def _capability() -> str | None:
 
 
 def _triton_version() -> str | None:
-    if not HAS_TRITON:
+    try:
+        import triton
+    except ImportError:
         return None
-    import triton
-
     return triton.__version__
 
 

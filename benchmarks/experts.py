@@ -136,23 +136,16 @@ def cases(where: Where) -> list[Case]:
         "triton, float32 masters": Provider(of(ours("triton")), "triton", masters=True),
     }
     plain = {"grouped_mm": Provider(of(grouped_mm), compiled=compiled)}
-    backends = {
-        "triton": Provider(of(ours("triton")), "triton"),
-        "torch": Provider(of(ours("torch")), "torch"),
-    }
-    backend_compiled = {"torch, compiled": Provider(of(ours("torch")), "torch", compiled=True)}
+    backends = {name: Provider(of(ours(name)), name) for name in ("triton", "torch")}
     official = {"loop": Provider(of(loop), captured=False)}
     found = []
-    for direction in (BOTH, FORWARD):
-        for name, shape in TRAINING.items():
-            providers = {"dense": ceiling, **backends}
-            if shape.activation == "swiglu":  # of the other the whole layer is timed, with all who compute it
-                providers |= plain | backend_compiled | (masters if direction == BOTH else {})
-            found.append(Case("experts", name, direction, shape, providers, tokens, of(exact), cost))
+    for name, shape in TRAINING.items():
+        # Of the other activation the whole layer is timed, by all who compute it.
+        others = {"dense": ceiling, **plain, **masters} if shape.activation == "swiglu" else {}
+        found.append(Case("experts", name, BOTH, shape, backends | others, tokens, of(exact), cost))
+        found.append(Case("experts", name, FORWARD, shape, backends, tokens, of(exact), cost))
     for name in ("DSMoE-L-E16", "DSMoE-L-E48"):
         for count in SAMPLING_TOKENS:
-            shape = replace(TRAINING[name], tokens=count)
-            providers = {"triton": backends["triton"], **plain, **official}
-            name_of_case = f"{name}, sampling {count}"
-            found.append(Case("experts", name_of_case, FORWARD, shape, providers, tokens, of(exact), cost))
+            shape, case = replace(TRAINING[name], tokens=count), f"{name}, sampling {count}"
+            found.append(Case("experts", case, FORWARD, shape, backends | plain | official, tokens, of(exact), cost))
     return found

@@ -1,20 +1,22 @@
 """What was aimed at and what a run reached: ``python -m benchmarks.goals results.json`` prints a Markdown table.
 
-The file is what ``pytest benchmarks --benchmark-json=results.json`` wrote. A goal bounds ours against a baseline of the
-same run, or by itself; goals are set for an H200 in bfloat16.
+The file is what ``pytest benchmarks --benchmark-json=results.json`` wrote; several are read as one run. A goal bounds
+ours against a baseline of the same run, or by itself; goals are set for an H200 in bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import load
+
 FORWARD, BOTH = "forward", "forward+backward"
+Key = tuple[str, str, str, str]  # op, name, direction, provider
 OURS = ("triton", "torch")  # as called, not compiled: what backend="auto" may take
 
 
@@ -41,6 +43,24 @@ class Goal:
     baseline: tuple[str, ...] = ("dense",)
     today: tuple[str, ...] = ("grouped_mm",)
     baseline_op: str | None = None
+
+    @property
+    def decisive(self) -> list[Key]:
+        """What the verdict needs, if the case has such providers."""
+        if self.limit is None:
+            return []
+        return self._of(self.op, *self.ours) + ([] if self.unit else self._of_baseline(*self.baseline))
+
+    @property
+    def shown(self) -> list[Key]:
+        """All that the row shows."""
+        return self._of(self.op, *self.ours) + self._of_baseline(*self.baseline, *self.today)
+
+    def _of_baseline(self, *providers: str) -> list[Key]:
+        return self._of(self.baseline_op or self.op, *providers)
+
+    def _of(self, op: str, *providers: str) -> list[Key]:
+        return [(op, self.name, self.direction, provider) for provider in providers]
 
     @property
     def work(self) -> str:
@@ -70,7 +90,7 @@ ATTENTION = {
     "JiT-L": (0.080, 0.40),
     "512 px": (0.163, 0.65),
 }
-SDPA = ("compiled, flash", "compiled, cuDNN")
+SDPA = {"baseline": ("compiled, cuDNN",), "today": ("compiled, cuDNN", "compiled, flash")}
 
 GOALS = [
     *(Goal("experts", name, BOTH, time) for name, (time, _) in LIMITS.items()),
@@ -98,7 +118,7 @@ GOALS = [
     ),
     *(Goal("experts", name, BOTH, memory, unit="MiB") for name, (_, memory) in LIMITS.items()),
     *(
-        Goal("rope_attention", name, direction, limit, unit="ms", ours=("triton",), baseline=SDPA, today=SDPA)
+        Goal("rope_attention", name, direction, limit, unit="ms", ours=("triton",), **SDPA)
         for name, limits in ATTENTION.items()
         for direction, limit in zip((FORWARD, BOTH), limits, strict=True)
     ),
@@ -120,7 +140,7 @@ class Results:
         self.reasons = {self._key(**one): one["reason"] for one in self.not_run if "provider" in one}
 
     @staticmethod
-    def _key(op: str, name: str, direction: str, provider: str, **_: object) -> tuple[str, str, str, str]:
+    def _key(op: str, name: str, direction: str, provider: str, **_: object) -> Key:
         return op, name, direction, provider
 
     def find(self, op: str, goal: Goal, provider: str) -> dict[str, Any] | str:
@@ -200,12 +220,12 @@ def report(data: Mapping[str, Any], goals: list[Goal] | None = None) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.goals", description="Goals, and what a run reached.")
-    parser.add_argument("results", type=Path, help="what pytest benchmarks --benchmark-json=FILE wrote")
-    path = parser.parse_args(arguments).results
-    if not path.is_file() or not path.stat().st_size:
-        print(f"benchmarks.goals: {path} has no results: nothing was timed", file=sys.stderr)
+    parser.add_argument("results", type=Path, nargs="+", help="what pytest benchmarks --benchmark-json=FILE wrote")
+    try:
+        print(report(load(parser.parse_args(arguments).results)))
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.goals: {error}", file=sys.stderr)
         return 2
-    print(report(json.loads(path.read_text())))
     return 0
 
 

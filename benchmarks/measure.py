@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -98,12 +98,15 @@ def prepare(case: Case, provider: Provider, where: Where) -> tuple[Callable[[], 
     del found
     if case.direction != BOTH:
         return forward(module, x), {}
-    kept = kept_bytes if provider.compiled and x.is_cuda else saved_bytes
-    return forward_and_backward(module, x), {"saved_mib": round(kept(module, x) / 2**20, 1)}
+    saved = saved_bytes(module, x, compiled=provider.compiled)
+    return forward_and_backward(module, x), {"saved_mib": round(saved / 2**20, 1)}
 
 
-def saved_bytes(module: nn.Module, x: Tensor) -> int:
-    """What autograd keeps for the backward besides the parameters, each piece of memory once."""
+def saved_bytes(module: nn.Module, x: Tensor, *, compiled: bool = False) -> int:
+    """What autograd keeps for the backward besides the parameters, each piece of memory once.
+
+    Compiled or not, all of it counts: the input, the result and buffers too, index arrays among them, where kept.
+    """
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -111,21 +114,28 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    if compiled:  # hooks would have it compiled anew
         result = module(x)
+        for tensor in _saved_by_nodes(result if isinstance(result, tuple) else (result,)):
+            keep(tensor)
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = module(x)
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     del result
     return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
-def kept_bytes(module: nn.Module, x: Tensor) -> int:
-    """The same from what stays allocated, for compiled modules, which hooks would have compiled anew."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    result = module(x)
-    kept = torch.cuda.memory_allocated() - before
-    results = result if isinstance(result, tuple) else (result,)
-    return kept - sum(one.nbytes for one in results) + x.nbytes  # the input is kept, and was there before
+def _saved_by_nodes(results: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """Of the autograd functions written in Python that the results came by, as what torch.compile makes is."""
+    seen, waiting = {None}, [one.grad_fn for one in results]
+    while waiting:
+        if (node := waiting.pop()) in seen:
+            continue
+        seen.add(node)
+        saved = *getattr(node, "saved_tensors", ()), *getattr(node, "_tensors_no_vc_check", ())
+        yield from (tensor for tensor in saved if tensor is not None)
+        waiting += [before for before, _ in node.next_functions]
 
 
 def rounds_of(run: Callable[[], object], seconds: float = SECONDS) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.files import load
 from benchmarks.registry import BOTH
 from diffmoe_kernels import measured
 
@@ -47,7 +48,7 @@ def rows(data: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
 
     Args:
         data: what ``pytest benchmarks --benchmark-json`` wrote on a GPU.
-        source: its file's name, which every row carries.
+        source: the name of its file, or files, which every row carries.
 
     Raises:
         ValueError: a run without a GPU.
@@ -93,11 +94,12 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefer", description='What "auto" takes, from a run.')
-    parser.add_argument("results", type=Path, help="what pytest benchmarks --benchmark-json=FILE wrote on a GPU")
+    about = "what pytest benchmarks --benchmark-json=FILE wrote on a GPU"
+    parser.add_argument("results", type=Path, nargs="+", help=about)
     parser.add_argument("--table", type=Path, default=measured.FILE, help="the file to update")
     options = parser.parse_args(arguments)
     try:
-        new = rows(json.loads(options.results.read_text()), options.results.name)
+        new = rows(load(options.results), ", ".join(path.name for path in options.results))
     except (OSError, ValueError) as error:
         print(f"benchmarks.prefer: {error}", file=sys.stderr)
         return 2

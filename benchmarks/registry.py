@@ -53,14 +53,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """B samples of N tokens, the first few not rotated, H heads of d channels, the rotation and q's and k's norm."""
+    """B samples of N tokens, the first few not rotated, H heads of d channels; rotation and norm of q and k, if any."""
 
     samples: int
     length: int
     heads: int
     head_dim: int
     prefix: int = 0
-    rope: str = "2d"
+    rope: str | None = "2d"
     norm: str | None = None
 
     @property
@@ -181,6 +181,10 @@ class Case:
     reference: Build
     cost: Callable[[Shape, str, int], tuple[int, int]]
     agree: Callable[[Mapping[str, Any], Mapping[str, Any], torch.dtype], None] = close
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.op, self.name, self.direction
 
     def facts(self, provider: str, where: Where) -> dict[str, Any]:
         """Plain data that says what was timed: enough to derive TFLOP/s and GB/s from a time."""

@@ -218,10 +218,9 @@ def cases(where: Where) -> list[Case]:
 
     combine = {
         **ours(unpermute_with, "triton", "torch"),
-        "plain": Provider(of(combine_plainly)),
         "plain, compiled": Provider(of(combine_plainly), compiled=True),
     }
-    gather = {**ours(permute_with, "triton", "torch"), "plain": Provider(of(gather_plainly))}
+    gather = ours(permute_with, "triton", "torch")
     router = ours(router_with, "triton", "reference")
     # bincount waits for the device to learn how many values there are, so that no graph can hold it.
     users = {"argsort + bincount": Provider(of(argsort_bincount), captured=False)}

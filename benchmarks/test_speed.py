@@ -13,15 +13,16 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.cases import all_cases
+from benchmarks.cases import pairs
 from benchmarks.registry import CPU, GPU, Case
 
 WHERE = GPU if torch.cuda.is_available() else CPU
-PAIRS = {
-    f"{case.op}, {case.name}, {case.direction}, {provider}": (case, provider)
-    for case in all_cases(WHERE)
-    for provider in case.providers
-}
+PAIRS = [
+    pytest.param(
+        case, provider, id=f"{case.op}, {case.name}, {case.direction}, {provider}", marks=pytest.mark.part(part)
+    )
+    for part, case, provider in pairs(WHERE)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def memory_given_back() -> Iterator[None]:
 
 
 @pytest.mark.benchmark(timer=measure.CLOCK)
-@pytest.mark.parametrize(("case", "provider"), PAIRS.values(), ids=PAIRS.keys())
+@pytest.mark.parametrize(("case", "provider"), PAIRS)
 def test_speed(benchmark, request, spent, ceilings, case: Case, provider: str) -> None:
     how = case.providers[provider]
     facts = {**case.facts(provider, WHERE), "device": torch.cuda.get_device_name() if WHERE is GPU else "cpu"}

@@ -94,7 +94,8 @@ def sample_images(
         TypeError, ValueError: as `Objective.sample` does.
     """
     batches = sample_batches(model, labels, objective, seed, steps, method, cfg_scale, batch_size, precision)
-    return torch.cat([batch.cpu() for batch in batches])
+    with experts_cast_once(model, precision):
+        return torch.cat([batch.cpu() for batch in batches])
 
 
 def sample_batches(
@@ -108,28 +109,30 @@ def sample_batches(
     batch_size: int,
     precision: Precision,
 ) -> Iterator[Tensor]:
-    """What `sample_images` returns, `batch_size` images at a time, on the model's device."""
+    """What `sample_images` returns, `batch_size` images at a time, on the model's device.
+
+    In "bfloat16" each call of the model casts the experts' weights, unless the caller holds `experts_cast_once`.
+    """
     if batch_size < 1 or len(labels) < 1:
         raise ValueError(f"batch_size and labels: expected at least 1 of each, got {batch_size} and {len(labels)}")
     objective = objective_for(model) if objective is None else objective
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
-    with experts_cast_once(model, precision):
-        for start in range(0, len(labels), batch_size):
-            part = labels[start : start + batch_size]
-            noise = torch.empty(len(part), model.in_channels, model.input_size, model.input_size)
-            for image in noise:
-                image.normal_(generator=generator)
-            with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
-                samples = objective.sample(
-                    model,
-                    noise.to(device),
-                    part.to(device),
-                    steps=steps,
-                    method=method,
-                    cfg_scale=cfg_scale,
-                    step_noise=_StepNoise(seed, start, noise),
-                )
-            yield samples
+    for start in range(0, len(labels), batch_size):
+        part = labels[start : start + batch_size]
+        noise = torch.empty(len(part), model.in_channels, model.input_size, model.input_size)
+        for image in noise:
+            image.normal_(generator=generator)
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
+            samples = objective.sample(
+                model,
+                noise.to(device),
+                part.to(device),
+                steps=steps,
+                method=method,
+                cfg_scale=cfg_scale,
+                step_noise=_StepNoise(seed, start, noise),
+            )
+        yield samples
 
 
 class _StepNoise:
@@ -202,7 +205,8 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
         config.batch_size,
         config.precision,
     )
-    images = torch.cat([to_images(batch, decoder) for batch in batches])
+    with experts_cast_once(model, config.precision):
+        images = torch.cat([to_images(batch, decoder) for batch in batches])
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     grid, archive = output / "grid.png", output / "samples.npz"

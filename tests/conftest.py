@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""What all tests share: ``pytest`` runs them on the CPU, with Triton's kernels interpreted; ``pytest -m gpu`` not."""
 
 import importlib.util
 import os
@@ -7,11 +7,17 @@ import pytest
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-if HAS_TRITON and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels then run on the CPU
-    from tests.kernels.interpreter import mend_bfloat16
 
-    mend_bfloat16()
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A process interprets kernels or compiles them: that is settled before CUDA starts and Triton is imported."""
+    if config.getoption("markexpr") == "gpu":
+        return
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    if HAS_TRITON:
+        from tests.kernels.interpreter import mend_bfloat16
+
+        mend_bfloat16()
 
 
 @pytest.fixture(autouse=True)
@@ -23,4 +29,4 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import goals, measure
 from benchmarks.cases import all_cases
+from benchmarks.files import load
 from benchmarks.registry import BOTH, FORWARD, AttentionShape, Case, Shape, Where
 from diffmoe_kernels.triton_support import HAS_TRITON
 
@@ -31,8 +32,8 @@ def tiny(shape: Shape | AttentionShape) -> Shape | AttentionShape:
     return replace(shape, tokens=32, hidden=32, inner=16, experts=min(shape.experts, 8), top_k=min(shape.top_k, 3))
 
 
-TINY = Where("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, tiny, "eager", HAS_TRITON)
-CASES = {f"{case.op}, {case.name}, {case.direction}": case for case in all_cases(TINY)}
+TINY = Where("cpu", torch.bfloat16, tiny, "aot_eager", HAS_TRITON)
+CASES = {", ".join(case.key): case for case in all_cases(TINY)}
 PAIRS = {f"{name}, {provider}": (case, provider) for name, case in CASES.items() for provider in case.providers}
 
 
@@ -83,13 +84,13 @@ def test_a_wrong_record_has_no_time() -> None:
     "name",
     [
         "experts, DSMoE-L-E48, forward+backward",
-        "experts, DSMoE-L-E16, forward",
+        "experts, DSMoE-L-E16, sampling 512, forward",
         "expert-choice layer, DiffMoE-L-E8, forward+backward",
     ],
 )
 def test_flops_are_those_that_torch_counts(name) -> None:
     case = CASES[name]
-    provider = "loop" if "layer" in case.op else "dense"
+    provider = "loop" if "loop" in case.providers else "dense"
     step, _ = measure.prepare(case, replace(case.providers[provider], compiled=False), TINY)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -110,6 +111,38 @@ def test_memory_kept_is_counted_once() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh())
     x = torch.randn(16, 8, requires_grad=True)
     assert measure.saved_bytes(layer, x) == (16 * 8 + 16 * 4) * 4  # the input and tanh's result; no parameter
+
+
+class Scaled(torch.nn.Module):
+    """Keeps a buffer, its result and a second output, and not its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(16, 1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (x * self.scale).exp(), x.sigmoid()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_kept_is_what_the_backward_reads(compiled) -> None:
+    layer, x = Scaled(), torch.randn(16, 8, requires_grad=True)
+    if compiled:
+        torch._dynamo.reset()
+        layer.compile(backend="aot_eager", fullgraph=True)
+    assert measure.saved_bytes(layer, x, compiled=compiled) == (16 + 2 * 16 * 8) * 4
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("name", ["experts, DSMoE-L-E48, forward+backward", "rope_attention, DiT-L, forward+backward"])
+def test_compiled_or_not_as_much_is_kept(name) -> None:
+    """Where the compiler finds nothing to compute again; the routing's indices count on both sides."""
+    case = CASES[name]
+    shape, kept = tiny(case.shape), []
+    for compiled in (False, True):
+        module = replace(case.providers["triton"], compiled=compiled).module(shape, TINY)
+        kept.append(measure.saved_bytes(module, case.inputs(shape, TINY), compiled=compiled))
+    assert kept[0] == kept[1] > 0
 
 
 def test_the_clock_counts_runs_alone() -> None:
@@ -211,7 +244,11 @@ def test_goals_name_cases_that_there_are() -> None:
 
 
 def test_goals_of_no_file(tmp_path, capsys) -> None:
-    assert goals.main([str(tmp_path / "none.json")]) == 2
+    path = tmp_path / "none.json"
+    assert goals.main([str(path)]) == 2
+    assert "none.json" in capsys.readouterr().err
+    path.touch()
+    assert goals.main([str(path)]) == 2
     assert "nothing was timed" in capsys.readouterr().err
 
 
@@ -241,8 +278,9 @@ def test_a_run_leaves_a_file_that_the_goals_read(tmp_path) -> None:
     assert all("not measured" in cells[-1] for cells in list(table(data).values())[2:])
 
 
-def test_a_budget_stops_what_has_not_begun() -> None:
+def test_a_budget_stops_what_has_not_begun(tmp_path) -> None:
     pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "results.json"
     command = [
         sys.executable,
         "-m",
@@ -252,6 +290,11 @@ def test_a_budget_stops_what_has_not_begun() -> None:
         "-k",
         "token_drop and reference and not predicted",
         "--budget=0",
+        f"--benchmark-json={path}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert "the budget of 0 s is spent" in done.stdout and " passed" not in done.stdout
+    data = load([path])
+    assert data["run"]["torch"] == torch.__version__
+    assert [one["reason"] for one in data["not_run"]] == ["the budget of 0 s is spent"]
+    assert "0 measured, 1 skipped, 0 failed" in goals.report(data)

@@ -15,6 +15,7 @@ from models.objectives import RectifiedFlow
 from tests.models.helpers import random_inputs, randomize
 
 pytestmark = pytest.mark.gpu
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
 LAYERS = {
     "experts": lambda backend: MoE(64, 48, 8, 2, shared_intermediate_size=48, backend=backend),
@@ -56,6 +57,29 @@ def test_moe_waits_for_nothing() -> None:
         layer.update_routing_state(aux)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+COMPILED = {
+    "experts": lambda backend: MoE(256, 512, 8, 2, shared_intermediate_size=256, backend=backend),
+    "attention": lambda backend: RoPEAttention(256, 4, grid_size=8, qk_norm="rmsnorm", backend=backend),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("layer", COMPILED.values(), ids=COMPILED.keys())
+def test_compiled_in_one_graph_as_eager(layer, backend) -> None:
+    torch._dynamo.reset()
+    layer = layer(backend).cuda().bfloat16()
+    x = torch.randn(4, 64, 256, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn_like(x)
+
+    def outcome(call) -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        return [y, *torch.autograd.grad(y, [leaf, *layer.parameters()], grad)]
+
+    for ours, expected in zip(outcome(torch.compile(layer, fullgraph=True)), outcome(layer), strict=True):
+        assert_close(ours, expected, tolerance=2e-2)
 
 
 @pytest.mark.parametrize("name", ["DiT-digits", "DSMoE-digits"])

@@ -43,10 +43,14 @@ def inputs_of(sizes: tuple) -> tuple[dict[str, Tensor], dict]:
     return inputs, options
 
 
-def run(inputs: dict[str, Tensor], options: dict, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
+def run(
+    inputs: dict[str, Tensor], options: dict, dtype: torch.dtype, backend: str, rounds_to: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The result, and the gradients of a fixed weighting of it, which is rounded to a narrower dtype if given."""
     leaves = {name: one.to(dtype).requires_grad_() for name, one in inputs.items()}
     y = ops.rope_attention(**leaves, **options, backend=backend)
-    weighting = torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(y.dtype)
+    weighting = torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    weighting = weighting.to(rounds_to or dtype).to(y.dtype)
     grads = torch.autograd.grad(y, list(leaves.values()), weighting)
     return dict(zip(["y", *leaves], [y.detach(), *grads], strict=True))
 
@@ -56,7 +60,7 @@ def run(inputs: dict[str, Tensor], options: dict, dtype: torch.dtype, backend: s
 def test_as_accurate_as_pytorch(name, dtype) -> None:
     inputs, options = inputs_of(SHAPES[name])
     rounded = {key: one.to(dtype) for key, one in inputs.items()}
-    exact = run({key: one.double() for key, one in rounded.items()}, options, torch.float64, "reference")
+    exact = run({key: one.double() for key, one in rounded.items()}, options, torch.float64, "reference", dtype)
     plain, ours = (run(rounded, options, dtype, backend) for backend in ("torch", "triton"))
     for key, expected in exact.items():
         assert_error_within(ours[key], plain[key], expected, name=f"{name}, {key}, {dtype}")
@@ -78,6 +82,7 @@ def test_a_training_step_waits_for_nothing_and_fits_in_a_graph() -> None:
         return [y := layer(x), *torch.autograd.grad(y, [x, *layer.parameters()], grad)]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
@@ -91,6 +96,8 @@ def test_a_training_step_waits_for_nothing_and_fits_in_a_graph() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = step()
+    for one in results:
+        one.detach().fill_(torch.nan)
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))

@@ -7,7 +7,6 @@ import argparse
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from models.checkpoint import build_official, load_official, official_state_dict
 from models.sample import balanced_labels, main, sample_images
@@ -51,6 +50,7 @@ def test_load_sample_and_convert_back(name, tmp_path) -> None:
 
 @pytest.mark.parametrize("under_model", [True, False])
 def test_the_command_line_samples_them(under_model, tmp_path) -> None:
+    yaml = pytest.importorskip("yaml")
     case = load_case("model_jit_moe")
     content = {"target": TARGETS["jit"], "params": case.config["ctor"]}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": content} if under_model else content))
@@ -94,6 +94,7 @@ def test_an_objective_belongs_to_official_models(tmp_path, capsys) -> None:
 
 
 def test_an_average_that_is_not_there_is_not_replaced(tmp_path, capsys) -> None:
+    yaml = pytest.importorskip("yaml")
     case = load_case("model_jit_moe")
     content = {"target": TARGETS["jit"], "params": case.config["ctor"]}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(content))

@@ -1,0 +1,124 @@
+"""``make gpu-check``: the tests that need a GPU, then the benchmarks, then the table of goals.
+
+Every file of tests and every part of the benchmarks has a process of its own: one bad address takes the GPU from its
+process for good, and not from the others. The tests run side by side, and beside them the benchmarks untimed, so that
+what is compiled is in the caches of Triton and torch.compile when times count. Then one process runs at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from benchmarks.cases import PARTS
+from benchmarks.files import load
+from benchmarks.goals import report
+
+ROOT = Path(__file__).parents[1]
+TESTS, WARM_UP = 0.5, 0.4  # of the budget, when they are stopped
+GRACE = 15.0  # seconds to write down what there is
+SIDE_BY_SIDE = 6  # processes
+
+
+def gpu_tests(root: Path = ROOT) -> list[str]:
+    """The files that hold tests for a GPU alone."""
+    found = (path for path in sorted(root.glob("tests/**/test_*.py")) if "pytest.mark.gpu" in path.read_text())
+    return [str(path.relative_to(root)) for path in found]
+
+
+def pytest_of(*words: object) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", *map(str, words)]
+
+
+def run(command: list[str], seconds: float, grace: float = GRACE) -> tuple[int, str]:
+    """Exit status and output. After its seconds it is interrupted, on which pytest writes its results, then killed."""
+    start = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, **start) as process:
+        for end, wait in ((signal.SIGINT, max(seconds, 0)), (signal.SIGKILL, grace)):
+            try:
+                output, _ = process.communicate(timeout=wait)
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, end)  # what it started too
+        else:
+            output, _ = process.communicate()
+        late = "" if end == signal.SIGINT else f"\nstopped after {seconds:.0f} s"
+        return process.returncode, output.strip() + late
+
+
+def check(results: Path, budget: float, tests: Sequence[str], parts: Sequence[str] = PARTS) -> int:
+    """Runs it all; `results` is written anew after each part. Returns 0, or 1 where anything failed.
+
+    Args:
+        results: the JSON file of all parts.
+        budget: seconds after which nothing more is started.
+        tests: files, relative to the repository.
+        parts: of the benchmarks.
+    """
+    start = time.monotonic()
+
+    def left(share: float = 1.0) -> float:
+        return budget * share - (time.monotonic() - start)
+
+    failed = []
+
+    def tell(name: str, done: tuple[int, str]) -> None:
+        print(f"== {name}, {time.monotonic() - start:.0f} s\n{done[1]}", flush=True)
+        if done[0]:
+            failed.append(name)
+
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        later = {
+            pool.submit(lambda file=file: run(pytest_of(file, "-m", "gpu", "--durations=3"), left(TESTS))): file
+            for file in tests
+        }
+        for part in parts:
+            pool.submit(
+                lambda part=part: run(pytest_of("benchmarks", f"--part={part}", "--benchmark-disable"), left(WARM_UP))
+            )
+        for done in as_completed(later):
+            tell(later[done], done.result())
+
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        written = []
+        for part in parts:
+            if left() <= 0:
+                tell(part, (1, f"not begun: the budget of {budget:g} s is spent"))
+                continue
+            file = Path(folder, f"{part}.json")
+            options = f"--part={part}", f"--budget={left():.0f}", f"--benchmark-json={file}"
+            columns = "--benchmark-columns=median,iqr,rounds"
+            tell(part, run(pytest_of("benchmarks", *options, columns), left() + GRACE))
+            if file.exists() and file.stat().st_size:
+                written.append(file)
+                results.write_text(json.dumps(load(written), indent=1) + "\n")
+    if not written:
+        tell("goals", (1, "nothing was timed"))
+    else:
+        print(report(json.loads(results.read_text())))
+    print(f"== {time.monotonic() - start:.0f} s; " + (f"failed: {', '.join(failed)}" if failed else "all passed"))
+    return 1 if failed else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description="Tests and times on a GPU.")
+    parser.add_argument("results", type=Path, help="the JSON file to write")
+    parser.add_argument("--budget", type=float, default=500, help="seconds after which nothing more is started")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # of each process
+    return check(options.results, options.budget, gpu_tests())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

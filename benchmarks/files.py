@@ -1,0 +1,46 @@
+"""Reading what ``pytest benchmarks --benchmark-json=FILE`` wrote, in one file or in a file of each part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SAME = ("device", "compute_capability", "driver", "torch", "cuda", "triton", "commit")
+
+
+def load(paths: Sequence[Path]) -> dict[str, Any]:
+    """The files as one: of a pair that two of them time the later counts, and the higher of each ceiling.
+
+    Raises:
+        OSError: a file that can't be read.
+        ValueError: a file without results, or of another GPU, version or commit than the first.
+    """
+    parts = [_read(path) for path in paths]
+    first = parts[0].get("run", {})
+    for path, part in zip(paths, parts, strict=True):
+        for key in SAME:
+            found = part.get("run", {}).get(key)
+            if found != first.get(key):
+                raise ValueError(f"{path}: {key}: expected {first.get(key)} as in {paths[0]}, got {found}")
+    merged = dict(parts[0])
+    for key in ("benchmarks", "not_run"):
+        merged[key] = [one for part in parts for one in part.get(key, [])]
+    ceilings = [part.get("run", {}).get("ceilings", {}) for part in parts]
+    best = {name: max(one[name] for one in ceilings if name in one) for name in set().union(*ceilings)}
+    merged["run"] = {**first, "ceilings": best}
+    return merged
+
+
+def _read(path: Path) -> dict[str, Any]:
+    text = path.read_text()
+    if not text:
+        raise ValueError(f"{path} has no results: nothing was timed")
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(found, dict) or "benchmarks" not in found:
+        raise ValueError(f"{path}: expected what pytest-benchmark writes, got something else")
+    return found

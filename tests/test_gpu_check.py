@@ -1,0 +1,143 @@
+"""`make gpu-check`: its processes, the benchmarks' parts, and their files as one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import check, files, goals, prefer
+from benchmarks.cases import PARTS, all_cases, pairs
+from benchmarks.registry import GPU
+
+
+def test_every_pair_is_in_one_part_and_the_goals_come_first() -> None:
+    found = pairs(GPU)
+    keys = [(*case.key, provider) for _, case, provider in found]
+    assert len(set(keys)) == len(keys) == sum(len(case.providers) for case in all_cases(GPU))
+    parts = [part for part, _, _ in found]
+    assert set(parts) == set(PARTS) and parts == sorted(parts, key=PARTS.index)
+    decisive = {key for goal in goals.GOALS for key in goal.decisive} & set(keys)
+    shown = {key for goal in goals.GOALS for key in goal.shown} & set(keys)
+    assert set(keys[: len(decisive)]) == decisive
+    assert set(keys[: len(shown)]) == shown > decisive
+    assert keys[0] == ("experts", "DSMoE-L-E16", "forward+backward", "triton")
+
+
+def test_a_part_is_collected_alone() -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--collect-only", "--part=attention"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=check.ROOT, check=True).stdout
+    collected = [line for line in told.splitlines() if "::" in line]
+    assert len(collected) == sum(part == "attention" for part, _, _ in pairs(GPU))
+    assert all("rope_attention" in line and "triton" in line for line in collected)
+
+
+def part(name: str, **run: object) -> dict:
+    facts = {"op": "experts", "name": name, "direction": "forward+backward", "T": 16384, "E": 16, "K": 2, "I": 2048}
+    facts |= {"dtype": "bfloat16", "weights_dtype": "bfloat16", "compiled": False, "published_size": True}
+    machine = {"device": "NVIDIA H200", "compute_capability": "9.0", "torch": "2.11.0", "commit": "abc"}
+    return {
+        "datetime": "2026-11-21",
+        "run": {**machine, "ceilings": {"copy_bytes_per_second": 4e12, "product_flops_per_second": 7e14}, **run},
+        "not_run": [{"test": f"of {name}", "outcome": "skipped", "reason": "why not"}],
+        "benchmarks": [
+            {"extra_info": {**facts, "provider": one, "backend": one, "saved_mib": 1.0}, "stats": {"median": 2e-3}}
+            for one in ("triton", "torch")
+        ],
+    }
+
+
+def saved(folder, **parts: dict) -> list:
+    for name, one in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(one))
+    return [folder / f"{name}.json" for name in parts]
+
+
+def test_files_as_one(tmp_path, capsys) -> None:
+    higher = {"copy_bytes_per_second": 4.2e12, "product_flops_per_second": 6e14}
+    again = part("DSMoE-L-E16")
+    again["benchmarks"][0]["stats"]["median"] = 1e-3
+    paths = saved(tmp_path, one=part("DSMoE-L-E16"), two=part("DSMoE-L-E48", ceilings=higher), three=again)
+    data = files.load(paths)
+    assert data["run"]["ceilings"] == {"copy_bytes_per_second": 4.2e12, "product_flops_per_second": 7e14}
+    assert len(data["benchmarks"]) == 6 and len(data["not_run"]) == 3
+    assert "4 measured, 3 skipped, 0 failed" in goals.report(data)
+    assert goals.main([str(path) for path in paths]) == 0
+    assert "1.000 ms (triton)" in capsys.readouterr().out
+    table = tmp_path / "table.json"
+    assert prefer.main([*map(str, paths), "--table", str(table)]) == 0
+    (row,) = json.loads(table.read_text())
+    assert row["source"] == "one.json, two.json, three.json" and row["fastest"] == "triton"
+    assert [case["name"].split(",")[0] for case in row["cases"]] == ["DSMoE-L-E16", "DSMoE-L-E48"]
+    assert files.load(paths[:1]) == part("DSMoE-L-E16")
+
+
+@pytest.mark.parametrize(("key", "other"), [("device", "NVIDIA A100"), ("torch", "2.12.0"), ("commit", "def")])
+def test_files_of_two_runs_are_refused(key, other, tmp_path, capsys) -> None:
+    paths = saved(tmp_path, one=part("DSMoE-L-E16"), two=part("DSMoE-L-E48", **{key: other}))
+    for main in (goals.main, prefer.main):
+        assert main([*map(str, paths)]) == 2
+        told = capsys.readouterr().err
+        assert "two.json" in told and key in told and other in told and "one.json" in told
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_what_is_no_file_of_results(content, tmp_path) -> None:
+    (tmp_path / "file.json").write_text(content)
+    with pytest.raises(ValueError, match=r"file\.json: expected"):
+        files.load([tmp_path / "file.json"])
+
+
+def test_a_process_is_given_its_time() -> None:
+    assert check.run([sys.executable, "-c", "print('done')"], 60) == (0, "done")
+    status, told = check.run([sys.executable, "-c", "import sys; print('no'); sys.exit(3)"], 60)
+    assert (status, told) == (3, "no")
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, lambda *_: print('asked', flush=True)); "
+    stubborn += "print('begun', flush=True)\nfor _ in range(600): time.sleep(0.1)"
+    start = time.monotonic()
+    status, told = check.run([sys.executable, "-c", stubborn], 2, grace=1)
+    assert status < 0 and told == "begun\nasked\nstopped after 2 s" and time.monotonic() - start < 30
+
+
+def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypatch, capsys) -> None:
+    commands = []
+
+    def run(command: list[str], seconds: float) -> tuple[int, str]:
+        commands.append(words := " ".join(command))
+        written = [word.partition("=")[2] for word in command if word.startswith("--benchmark-json=")]
+        if written and "--part=layers" not in words:
+            name = "DSMoE-L-E48" if "--part=attention" in words else "DSMoE-L-E16"
+            Path(written[0]).write_text(json.dumps(part(name)))
+        return int("--part=layers" in words or "bad" in words), "told"
+
+    monkeypatch.setattr(check, "run", run)
+    results = tmp_path / "new" / "gpu.json"
+    assert check.check(results, 100.0, ["tests/good.py", "tests/bad.py"]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].endswith("failed: tests/bad.py, layers") and "| experts DSMoE-L-E48" in out
+    assert len(json.loads(results.read_text())["benchmarks"]) == 2 * (len(PARTS) - 1)
+    timed = [words for words in commands if "--benchmark-json=" in words]
+    assert [words.split("--part=")[1].split()[0] for words in timed] == list(PARTS)
+    assert sum("-m gpu" in words for words in commands) == 2
+    assert sum("--benchmark-disable" in words for words in commands) == len(PARTS)
+
+
+def test_a_spent_budget_starts_nothing(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(check, "run", lambda command, seconds: (0, "told") if seconds > 0 else (1, "late"))
+    assert check.check(tmp_path / "gpu.json", 0.0, []) == 1
+    assert capsys.readouterr().out.count("not begun: the budget of 0 s is spent") == len(PARTS)
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_files_with_tests_for_a_gpu_are_found(tmp_path) -> None:
+    (tmp_path / "tests" / "ops").mkdir(parents=True)
+    marked = "@pytest.mark." + "gpu\ndef test(): ..."
+    for name, text in (("tests/test_b.py", marked), ("tests/ops/test_a.py", marked), ("tests/test_c.py", "")):
+        (tmp_path / name).write_text(text)
+    assert check.gpu_tests(tmp_path) == ["tests/ops/test_a.py", "tests/test_b.py"]
+    assert {"tests/test_gpu.py", "tests/models/test_latents.py"} <= set(check.gpu_tests())
