@@ -39,7 +39,8 @@ def shape_class(record: Mapping[str, Any]) -> str | None:
     if op == "experts":
         return measured.experts_class(record["T"] * record["K"], record["E"], record["I"], dtype, training)
     if op == "rope_attention":
-        return measured.attention_class(record["N"], record["d"], record["norm"] is not None, dtype, training)
+        prepared = record["rope"] is not None, record["norm"] is not None
+        return measured.attention_class(record["N"], record["d"], *prepared, dtype, training)
     return None
 
 

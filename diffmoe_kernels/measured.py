@@ -89,11 +89,13 @@ def experts_class(num_rows: int, num_experts: int, intermediate_size: int, dtype
     return f"{_name(dtype)}, {rows} rows, {width}, {'training' if training else 'inference'}"
 
 
-def attention_class(num_tokens: int, head_dim: int, qk_norm: bool, dtype: torch.dtype, training: bool) -> str:
-    """Of attention: how long, how wide a head, whether q and k are normalised, and whether there is a backward."""
+def attention_class(
+    num_tokens: int, head_dim: int, rotated: bool, qk_norm: bool, dtype: torch.dtype, training: bool
+) -> str:
+    """Of attention: how long, how wide a head, what is done to q and k, and whether there is a backward."""
     length = "short" if num_tokens <= SHORT else "long"
-    norm = "QK norm" if qk_norm else "no norm"
-    return f"{_name(dtype)}, {length}, heads of {head_dim}, {norm}, {'training' if training else 'inference'}"
+    prepared = ("rotated" if rotated else "no rotation") + (", QK norm" if qk_norm else "")
+    return f"{_name(dtype)}, {length}, heads of {head_dim}, {prepared}, {'training' if training else 'inference'}"
 
 
 def _name(dtype: torch.dtype) -> str:

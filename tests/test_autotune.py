@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,27 @@ def test_the_first_entry_of_a_file_holds(searching, monkeypatch, tmp_path):
     monkeypatch.setattr(autotune, "_load", lambda file: next(loads))
     monkeypatch.setattr(autotune, "_read", {})
     assert search(searching, (1,)) == SLOW
+
+
+def test_processes_that_search_at_once_agree(searching, monkeypatch):
+    """As the ranks of a training do: each finds a tile of its own fastest, all take that of the first to be done."""
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", lambda run, **_: 1.0)
+    context = multiprocessing.get_context("fork")
+    together, results = context.Barrier(3), context.SimpleQueue()
+
+    def rank(number: int) -> None:
+        together.wait()
+        mine = Tile(16, 16, 16 * number, 4, 2)
+        results.put([autotune.best_tile("rows", (n % 20,), mine, [], lambda tile: None) for n in range(40)])
+
+    ranks = [context.Process(target=rank, args=(number,)) for number in (1, 2, 4)]
+    for one in ranks:
+        one.start()
+    took = [results.get() for _ in ranks]
+    for one in ranks:
+        one.join()
+    assert took[0] == took[1] == took[2]
+    assert took[0][:20] == took[0][20:]  # and keep it
 
 
 def test_tiles_that_the_compiler_fails_on_are_passed_over(searching):

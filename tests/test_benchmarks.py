@@ -18,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import goals, measure
+from benchmarks.adaln import AdaLNShape
 from benchmarks.cases import all_cases
 from benchmarks.files import load
 from benchmarks.registry import BOTH, FORWARD, AttentionShape, Case, Shape, Where
@@ -26,9 +27,11 @@ from diffmoe_kernels.triton_support import HAS_TRITON
 ROOT = Path(__file__).parents[1]
 
 
-def tiny(shape: Shape | AttentionShape) -> Shape | AttentionShape:
+def tiny(shape: Shape | AttentionShape | AdaLNShape) -> Shape | AttentionShape | AdaLNShape:
     if isinstance(shape, AttentionShape):
         return replace(shape, samples=1, length=shape.prefix + 16, heads=2)
+    if isinstance(shape, AdaLNShape):
+        return replace(shape, samples=2, length=5, hidden=32)
     return replace(shape, tokens=32, hidden=32, inner=16, experts=min(shape.experts, 8), top_k=min(shape.top_k, 3))
 
 

@@ -36,7 +36,9 @@ def test_shape_classes():
     assert experts_class(32768, 16, 2048, low, True) == "bfloat16, many rows, wide, training"  # DSMoE-L-E16
     assert experts_class(2560, 48, 448, low, False) == "bfloat16, some rows, narrow, inference"  # L-E48 at T = 512
     assert experts_class(64, 48, 513, torch.float32, False) == "float32, few rows, wide, inference"
-    assert attention_class(288, 64, True, low, False) == "bfloat16, short, heads of 64, QK norm, inference"
+    prepared = attention_class(288, 64, True, True, low, False)
+    assert prepared == "bfloat16, short, heads of 64, rotated, QK norm, inference"
+    assert attention_class(1024, 72, False, False, low, True) == "bfloat16, long, heads of 72, no rotation, training"
     assert tokens_class(4096) == "few tokens" and tokens_class(4097) == "many tokens"
 
 

@@ -189,6 +189,7 @@ for name, shape in SHAPES.items():
     CASES[f"experts {name}"] = partial(launch_experts, shape, BFLOAT16, backward, name.startswith("DiffMoE")), BFLOAT16
 for name in ("256 experts", "one expert", "one token"):
     CASES[f"experts {name} float32"] = partial(launch_experts, SHAPES[name], FLOAT32, True, True), FLOAT32
+    CASES[f"experts {name} float32, plain"] = partial(launch_experts, SHAPES[name], FLOAT32, False, False), FLOAT32
 for num_rows in (1024, 4096):
     CASES[f"transposed, {num_rows} rows"] = partial(launch_transposed, num_rows), BFLOAT16
 for dtype in (FLOAT16, FLOAT32):

@@ -289,3 +289,26 @@ def test_offsets_with_gaps():
         inputs = operands(form, 3)
         expected = ops.grouped_gemm(**inputs, offs=offs, backend="reference")
         assert_close(ops.grouped_gemm(**inputs, offs=offs, backend="triton"), expected)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_bias_of_any_layout_and_dtype(monkeypatch, kind, dtype):
+    """The kernel gets x's dtype: the interpreter would take float64 too, a GPU's compiler not."""
+    from diffmoe_kernels.ops.grouped_gemm import _library
+
+    seen = []
+
+    def multiply_rows(x, w, offs, *, bias):
+        seen.append(bias.dtype)
+        return launcher(x, w, offs, bias=bias)
+
+    launcher = _library.multiply_rows
+    monkeypatch.setattr(_library, "multiply_rows", multiply_rows)
+    offs, numbers = torch.tensor([3, 5, 12], dtype=torch.int32), torch.randn(24, 3, dtype=kind)
+    inputs = {name: one.to(dtype) for name, one in operands("rows", 3).items()}
+    for bias in (numbers.mT, numbers[:, 0].expand(3, 24), numbers[:1].mT.expand(3, 24)):
+        expected = ops.grouped_gemm(**inputs, offs=offs, bias=bias, backend="reference")
+        assert_close(ops.grouped_gemm(**inputs, offs=offs, bias=bias, backend="triton"), expected)
+    assert seen == [dtype] * 3

@@ -98,7 +98,7 @@ def grouped_gemm_triton(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor 
         return torch.bmm(x, w)  # equal groups
     offs = offs.contiguous()
     if (x.dim(), w.dim()) == (2, 3):
-        return _rows(x, w, offs, bias)
+        return _rows(x, w, offs, bias if bias is None else bias.contiguous())
     if (x.dim(), w.dim()) == (2, 2):
         return _outer(x.mT, w, offs)
     return _rows(w.mT, x.mT, offs, None).mT  # groups on the columns: the transposed product

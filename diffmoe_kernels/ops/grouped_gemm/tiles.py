@@ -39,8 +39,14 @@ _PAIRED = {
 }
 _WEIGHT_GRAD = {90: Tile(128, 256, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)}
 _UNALIGNED = Tile(64, 64, 32, 4, 2)  # rows that begin at odd addresses are read number by number
-# IEEE float32 runs without tensor cores: small tiles, whose sums fit in registers.
-_FLOAT32 = {"few": Tile(32, 64, 16, 4, 3), "some": Tile(64, 32, 16, 4, 3), "many": Tile(64, 64, 32, 8, 3)}
+# IEEE float32 runs without tensor cores: small tiles, whose sums fit in registers, those of a pair too.
+_FLOAT32 = {
+    "few": Tile(32, 64, 16, 4, 3),
+    "some": Tile(64, 32, 16, 4, 3),
+    "many": Tile(64, 64, 16, 8, 3),
+    "paired": Tile(32, 64, 16, 8, 3),
+    "weight_grad": Tile(64, 64, 32, 8, 3),
+}
 
 
 def pick_tile(
@@ -50,7 +56,7 @@ def pick_tile(
     average = num_rows / max(num_groups, 1)
     kind = "few" if average <= FEW else "some" if average <= SOME else "many"
     if dtype == torch.float32:
-        return _FLOAT32["few" if paired else kind]  # a pair's sums must fit in registers too
+        return _FLOAT32["paired" if paired else kind]
     if num_columns % 8 or depth % 8:
         return _UNALIGNED
     tile = (_PAIRED if paired else _PLAIN)[_generation(), kind]
@@ -60,7 +66,7 @@ def pick_tile(
 def pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype) -> Tile:
     """The tile of a product (E, size_m, size_n) over each group's rows."""
     if dtype == torch.float32:
-        return _FLOAT32["many"]
+        return _FLOAT32["weight_grad"]
     return _UNALIGNED if size_m % 8 or size_n % 8 else _narrowed(_WEIGHT_GRAD[_generation()], size_n)
 
 

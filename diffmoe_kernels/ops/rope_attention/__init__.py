@@ -124,7 +124,8 @@ def rope_attention(
 
 def _shape_class(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, **options: object) -> str:
     training = torch.is_grad_enabled() and qkv.requires_grad
-    return attention_class(qkv.shape[1], qkv.shape[3], options["qk_norm"] is not None, qkv.dtype, training)
+    prepared = options["rope"] is not None, options["qk_norm"] is not None
+    return attention_class(*qkv.shape[1::2], *prepared, qkv.dtype, training)
 
 
 _IMPLEMENTATIONS = {
