@@ -2,14 +2,15 @@
 
 Off by default: kernels take the tiles of `diffmoe_kernels/ops/grouped_gemm/tiles.py`. With ``DIFFMOE_AUTOTUNE=1`` in
 the environment the first call of each product at a new shape class times the candidates on the data at hand, most of
-it compiling, and notes the fastest in ``tiles.json``, which later calls and later processes read: what stands there
-first holds, so that ranks and restarts take the same tile, and with it the same order of summation, unless they search
-at the same time. The file lies in ``DIFFMOE_CACHE_DIR``, or ``diffmoe-kernels`` in the user's cache directory. Nothing
-is searched while a CUDA graph is captured: run a step before.
+it compiling, and notes the fastest in ``tiles.json``, which later calls and later processes read. What stands there
+first holds: all processes that can write the file, ranks that search at the same time too, take the same tile for a
+key, and with it the same order of summation. It lies in ``DIFFMOE_CACHE_DIR``, or ``diffmoe-kernels`` in the user's
+cache directory. Nothing is searched while a CUDA graph is captured: run a step before.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
@@ -103,13 +104,16 @@ def _load(file: Path) -> dict[str, Tile]:
 
 
 def _note(file: Path, key: str, tile: Tile) -> None:
-    """Adds a tile to what the file holds by now; other processes may write it too, and see whole files only."""
-    _read[file] = {key: tile} | _read[file] | _load(file)
-    text = json.dumps({key: asdict(tile) for key, tile in sorted(_read[file].items())}, indent=1)
+    """Adds a tile to the file unless another process, one at a time, was there first; readers see whole files only."""
+    _read[file] = {key: tile} | _read[file]
     temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        os.replace(temporary, file)
+        with open(file.with_suffix(".lock"), "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            _read[file] |= _load(file)
+            tiles = {key: asdict(tile) for key, tile in sorted(_read[file].items())}
+            temporary.write_text(json.dumps(tiles, indent=1))
+            os.replace(temporary, file)
     except OSError as error:
         warnings.warn(f"the tiles that were found are not kept: {error}; set DIFFMOE_CACHE_DIR", stacklevel=2)

@@ -166,7 +166,7 @@ def unpermute_backward(
     grad_rows, grad_gates = torch.empty_like(rows), torch.empty_like(gates)
     if rows.numel() == 0:
         return grad_rows, grad_gates.zero_()
-    block_r, block_d = _blocks(rows.shape[1], 2 * ELEMENTS)  # half of it, and the compiler spills
+    block_r, block_d = _blocks(rows.shape[1], 2 * ELEMENTS)  # with 8 warps: with 4 some compilers spill
     _unpermute_backward_kernel[(triton.cdiv(rows.shape[0], block_r),)](
         rows,
         gates,
@@ -179,5 +179,6 @@ def unpermute_backward(
         *rows.shape,
         block_r,
         block_d,
+        num_warps=8,
     )
     return grad_rows, grad_gates
