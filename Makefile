@@ -30,7 +30,7 @@ demo: $(VENV)/.installed  ## train DSMoE and a dense DiT on the digits, sample, 
 zoo: $(VENV)/.installed  ## train every family on the digits for a minute, sample, score
 	$(BIN)/python -m models.demo --output $(ZOO) --overwrite --minutes 1 --minutes-each --learning-rate 3e-3 --ema-decay 0.99 --models $(FAMILIES)
 
-test: $(VENV)/.installed  ## all tests that this machine can run
+test: $(VENV)/.installed  ## all tests but those that need a GPU
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/.installed  ## the tests, and the reference vectors of a full set in GOLDEN_DIR

@@ -35,7 +35,7 @@ SHAPES = {
     "DSMoE-L-E48 sampling": (512, 1024, 448, 48, 5, "swiglu"),
     "256 experts": (16384, 1024, 448, 256, 8, "swiglu"),
     "one expert": (4096, 1024, 2048, 1, 1, "swiglu"),
-    "one token": (1, 64, 64, 1, 1, "gelu_tanh"),
+    "one token": (1, 1024, 448, 1, 1, "gelu_tanh"),
     "odd": (1000, 72, 40, 5, 2, "silu"),
     "wide": (4096, 4096, 64, 16, 2, "silu"),
 }
@@ -199,6 +199,7 @@ for name in ("DSMoE-L-E48", "DiffMoE-L-E8"):
     CASES[f"around grouped_mm {name}"] = partial(launch_around_grouped_mm, SHAPES[name], BFLOAT16), BFLOAT16
 for name in ("DSMoE-L-E48", "DSMoE-S-E48", "one token", "wide"):
     CASES[f"movement {name}"] = partial(launch_movement, SHAPES[name], BFLOAT16), BFLOAT16
+CASES["movement narrow"] = partial(launch_movement, (1, 64, 64, 1, 1, "silu"), BFLOAT16), BFLOAT16
 for sizes in ((65536, 48, 5, 1, False), (16384, 16, 2, 2, False), (65536, 16, 1, 1, True), (4096, 256, 8, 8, False)):
     CASES[f"router {sizes}"] = partial(launch_router, *sizes), FLOAT32
 for sizes in ((65536, 48, 5), (4096, 256, 8)):

@@ -41,8 +41,8 @@ _WEIGHT_GRAD = {90: Tile(128, 256, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)}
 _UNALIGNED = Tile(64, 64, 32, 4, 2)  # rows that begin at odd addresses are read number by number
 # IEEE float32 runs without tensor cores: small tiles, whose sums fit in registers, those of a pair too.
 _FLOAT32 = {
-    "few": Tile(32, 64, 16, 4, 3),
-    "some": Tile(64, 32, 16, 4, 3),
+    "few": Tile(32, 64, 16, 4, 4),
+    "some": Tile(32, 64, 16, 4, 4),
     "many": Tile(64, 64, 16, 8, 3),
     "paired": Tile(32, 64, 16, 8, 3),
     "weight_grad": Tile(64, 64, 32, 8, 3),
