@@ -10,7 +10,6 @@ cache directory. Nothing is searched while a CUDA graph is captured: run a step 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
@@ -105,6 +104,8 @@ def _load(file: Path) -> dict[str, Tile]:
 
 def _note(file: Path, key: str, tile: Tile) -> None:
     """Adds a tile to the file unless another process, one at a time, was there first; readers see whole files only."""
+    import fcntl  # POSIX alone has it; without a search the package runs elsewhere too
+
     _read[file] = {key: tile} | _read[file]
     temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     try:
