@@ -210,7 +210,15 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
     assert result.step == state["step"] + 1
 
 
-def test_sigterm_finishes_the_step_and_a_second_signal_is_not_held_back():
+@pytest.fixture
+def usual_interrupt():
+    """Python's own reaction to Ctrl-C, which a process that a shell started in the background lacks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_sigterm_finishes_the_step_and_a_second_signal_is_not_held_back(usual_interrupt):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopOnSignal() as stop:
         assert not stop.requested
