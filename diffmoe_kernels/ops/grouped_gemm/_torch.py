@@ -76,7 +76,7 @@ def why_not_sizes(x: Tensor, rows: int, *sizes: int) -> str | None:
 
 def waits(x: Tensor) -> bool:
     """Whether grouped_mm reads the offsets back to the host: PyTorch has a fast path in bfloat16 on Hopper and
-    Blackwell only , else `_grouped_mm_fallback` (`GroupedMMUtils.h`), one product a group."""
+    Blackwell only, else `_grouped_mm_fallback` (`GroupedMMUtils.h`), one product a group."""
     capability = capability_of(x.device)
     return capability is not None and not (x.dtype == torch.bfloat16 and capability.split(".")[0] in ("9", "10"))
 
