@@ -119,6 +119,7 @@ class Provider:
         captured: in a CUDA graph; False where it waits for the device, so that none can hold it.
         masters: float32 weights, cast inside.
         ceiling: another function of the same cost, which no reference checks.
+        needs: why it can't run on that machine for a reason of its own, such as a package that is not there, or None.
     """
 
     build: Build
@@ -127,6 +128,7 @@ class Provider:
     captured: bool = True
     masters: bool = False
     ceiling: bool = False
+    needs: Callable[[Where], str | None] = lambda where: None
 
     def why_not(self, where: Where) -> str | None:
         """Why it can't run there, or None."""
@@ -136,7 +138,7 @@ class Provider:
             return "compiled for a GPU only"
         if self.masters and where.dtype == torch.float32:
             return "every weight is float32 here"
-        return None
+        return self.needs(where)
 
     def module(self, shape: Shape, where: Where) -> nn.Module:
         """It, on the device, ready to run."""

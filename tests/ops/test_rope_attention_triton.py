@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -62,6 +64,18 @@ def test_a_long_sample():
 @pytest.mark.parametrize("head_dim", [8, 32, 64, 72, 96, 128])
 def test_widths_of_heads(head_dim, rope):
     check(*inputs_of(66, head_dim, rope=rope, norm="layernorm" if rope == "1d" else None), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("num_tokens", "head_dim", "norm"),
+    [(1, 32, None), (17, 64, "rmsnorm"), (130, 32, "layernorm"), (66, 72, None), (66, 96, "rmsnorm"), (66, 128, None)],
+)
+def test_error_is_at_most_twice_that_of_sdpa(num_tokens, head_dim, norm, dtype):
+    """Against float64, in value and all gradients: `backend="torch"` rotates and normalises around SDPA."""
+    inputs, options = inputs_of(num_tokens, head_dim, norm=norm)
+    triton, sdpa = (partial(ops.rope_attention, **options, backend=backend) for backend in ("triton", "torch"))
+    check_accuracy(triton, sdpa, dtype, inputs)
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 30), (torch.float32, 1e4), (torch.bfloat16, 1e4)])
