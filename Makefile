@@ -10,7 +10,6 @@ ZOO ?= runs/zoo
 # Of gpu-check: the file that it writes, and after how many seconds it starts nothing more.
 RESULTS ?= benchmarks/results/gpu.json
 BUDGET ?= 500
-SHOWN := median,iqr,rounds
 FAMILIES := $(addsuffix -digits,DiT DSMoE DiffMoE TC-DiT EC-DiT JiT JiTMoE)
 
 .PHONY: demo zoo test test-all lint bench gpu-check clean
@@ -42,8 +41,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed  ## timings of the ops and layers on this machine
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=$(SHOWN)
+bench: $(VENV)/.installed  ## times of ops, layers and models on this machine, as tables
+	$(BIN)/python -m pytest benchmarks -q
 
 # Takes what $(PYTHON) has, torch, triton, pytest and pytest-benchmark among it, and installs nothing.
 gpu-check:  ## the tests that need a CUDA device, then the benchmarks, then what they reach of the goals

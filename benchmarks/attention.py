@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.registry import BOTH, FORWARD, AttentionShape, Build, Case, Provider, Where, normal
+from benchmarks.registry import BOTH, CPU, FORWARD, AttentionShape, Build, Case, Provider, Where, normal
 from diffmoe_kernels import ops
 
 SHAPES = {
@@ -88,6 +88,10 @@ def packed(shape: AttentionShape, where: Where) -> Tensor:
     return normal(where, *sizes).to(where.dtype).requires_grad_()
 
 
+def gpu(where: Where) -> str | None:
+    return "names one of a GPU's kernels" if where is CPU else None
+
+
 def cost(shape: AttentionShape, direction: str, size: int) -> tuple[int, int]:
     """4 B H N^2 d operations forward, two products; five more backward.
 
@@ -101,13 +105,15 @@ def cost(shape: AttentionShape, direction: str, size: int) -> tuple[int, int]:
 
 
 def cases(where: Where) -> list[Case]:
-    compiled = where.compiler is not None
     ours = {name: Provider(of(name), name) for name in ("triton", "torch")}
-    rotating = {f"compiled, {name}": Provider(of("torch", name), "torch", compiled=compiled) for name in KERNELS}
+    rotating = {f"compiled, {name}": Provider(of("torch", name), "torch", compiled=True) for name in KERNELS}
     found = []
     for name, shape in SHAPES.items():
         # Where nothing is rotated they compute the same.
-        rest = {f"{kernel}, no rotation": Provider(bare(kernel), ceiling=shape.rope is not None) for kernel in KERNELS}
+        rest = {
+            f"{kernel}, no rotation": Provider(bare(kernel), ceiling=shape.rope is not None, needs=gpu)
+            for kernel in KERNELS
+        }
         providers = ours | (rotating if shape.rope else {}) | rest
         for direction in (FORWARD, BOTH):
             found.append(Case("rope_attention", name, direction, shape, providers, packed, exact, cost))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import adaln, attention, experts, layers, routing
+from benchmarks import adaln, attention, expert_choice, experts, routing, token_choice
 from benchmarks.goals import GOALS, Key
 from benchmarks.registry import Case, Where
 
@@ -11,7 +11,9 @@ PARTS = ("experts", "layers", "attention", "compared", "extras")  # each fits a 
 
 
 def all_cases(where: Where) -> list[Case]:
-    return [case for kind in (experts, layers, routing, attention, adaln) for case in kind.cases(where)]
+    return [
+        case for kind in (experts, token_choice, expert_choice, routing, attention, adaln) for case in kind.cases(where)
+    ]
 
 
 def pairs(where: Where) -> list[tuple[str, Case, str]]:

@@ -1,4 +1,4 @@
-"""``make gpu-check``: the tests that need a GPU, then the benchmarks, then the table of goals.
+"""``make gpu-check``: the tests that need a GPU, then the benchmarks, then the table of goals, tables and plots.
 
 Every file of tests and every part of the benchmarks has a process of its own: one bad address takes the GPU from its
 process for good, and not from the others. The tests run side by side, and beside them the benchmarks untimed, so that
@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.cases import PARTS
 from benchmarks.files import load
 from benchmarks.goals import report
+from benchmarks.report import write
 
 ROOT = Path(__file__).parents[1]
 TESTS, WARM_UP = 0.5, 0.4  # of the budget, when they are stopped
@@ -56,7 +57,9 @@ def run(command: list[str], seconds: float, grace: float = GRACE) -> tuple[int, 
 
 
 def check(results: Path, budget: float, tests: Sequence[str], parts: Sequence[str] = PARTS) -> int:
-    """Runs it all; `results` is written anew after each part. Returns 0, or 1 where anything failed.
+    """Runs it all; `results` is written anew after each part, and `benchmarks.report` into a folder of its name.
+
+    Returns 0, or 1 where anything failed.
 
     Args:
         results: the JSON file of all parts.
@@ -98,15 +101,19 @@ def check(results: Path, budget: float, tests: Sequence[str], parts: Sequence[st
                 continue
             file = Path(folder, f"{part}.json")
             options = f"--part={part}", f"--budget={left():.0f}", f"--benchmark-json={file}"
-            columns = "--benchmark-columns=median,iqr,rounds"
-            tell(part, run(pytest_of("benchmarks", *options, columns), left() + GRACE))
+            tell(part, run(pytest_of("benchmarks", *options), left() + GRACE))
             if file.exists() and file.stat().st_size:
                 written.append(file)
                 results.write_text(json.dumps(load(written), indent=1) + "\n")
     if not written:
         tell("goals", (1, "nothing was timed"))
     else:
-        print(report(json.loads(results.read_text())))
+        data = json.loads(results.read_text())
+        print(report(data))
+        try:
+            print("written:", *write(data, results.with_suffix("")), sep="\n")
+        except ImportError as error:
+            print(f"no plots: {error}; python -m benchmarks.report {results} makes them where matplotlib is")
     print(f"== {time.monotonic() - start:.0f} s; " + (f"failed: {', '.join(failed)}" if failed else "all passed"))
     return 1 if failed else 0
 

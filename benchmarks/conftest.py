@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+_TIMED: list[dict[str, Any]] = []
 _NOT_RUN: list[dict[str, Any]] = []
 _CEILINGS: dict[str, float] = {}
 _START = time.monotonic()
@@ -26,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "part(name): the part of the benchmarks that it belongs to")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(
+            1
+        )  # more threads than free cores wait for each other, a thousand times as long as they work
+    config.option.benchmark_quiet = True  # the tables at the end say more than pytest-benchmark's
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,15 +51,18 @@ def spent(request: pytest.FixtureRequest) -> str | None:
 @pytest.fixture(scope="session")
 def ceilings() -> dict[str, float]:
     """The machine's copy bandwidth and its rate of products, measured once."""
-    from benchmarks.measure import ceilings
     from benchmarks.registry import CPU, GPU
+    from benchmarks.timing import ceilings
 
     _CEILINGS.update(ceilings(GPU if torch.cuda.is_available() else CPU))
     return _CEILINGS
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    told = dict(report.user_properties)
     if report.passed:
+        if report.when == "call" and "stats" in told:
+            _TIMED.append({"extra_info": told["facts"], "stats": told["stats"]})
         return
     if isinstance(report.longrepr, tuple):  # skipped: file, line, reason
         reason = report.longrepr[2].removeprefix("Skipped: ")
@@ -60,8 +70,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         crash = getattr(report.longrepr, "reprcrash", None)
         message = crash.message if crash else str(report.longrepr)
         reason = next(iter(message.strip().splitlines()), "no message")
-    facts = dict(report.user_properties).get("facts", {})
-    _NOT_RUN.append({"test": report.nodeid, **facts, "outcome": report.outcome, "reason": reason})
+    _NOT_RUN.append({"test": report.nodeid, **told.get("facts", {}), "outcome": report.outcome, "reason": reason})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _TIMED:
+        return
+    from benchmarks.report import tables
+
+    terminalreporter.section("benchmarks")
+    terminalreporter.write_line(tables({"benchmarks": _TIMED, **_about_the_run()}))
 
 
 def pytest_report_header() -> str:
@@ -98,7 +116,7 @@ def _about_the_run() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "commit": _output("git", "rev-parse", "HEAD"),
         "changed_files": _output("git", "status", "--porcelain", "--untracked-files=no"),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["pytest", *sys.argv[1:]]),
         "seconds": round(time.monotonic() - _START, 1),
         "ceilings": _CEILINGS,
     }

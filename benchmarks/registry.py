@@ -115,7 +115,8 @@ class Provider:
         build: the shape, the machine and the weights' dtype -> a module that takes the case's input. It draws its
             weights after `torch.manual_seed`, so that every provider of a case gets the same.
         backend: this project's backend, or None where the provider is not of this project.
-        compiled: by torch.compile, without graph breaks.
+        compiled: by torch.compile.
+        fullgraph: compiled without graph breaks, or it fails.
         captured: in a CUDA graph; False where it waits for the device, so that none can hold it.
         masters: float32 weights, cast inside.
         ceiling: another function of the same cost, which no reference checks.
@@ -125,6 +126,7 @@ class Provider:
     build: Build
     backend: str | None = None
     compiled: bool = False
+    fullgraph: bool = True
     captured: bool = True
     masters: bool = False
     ceiling: bool = False
@@ -147,7 +149,8 @@ class Provider:
         with torch.device(where.device):
             module = self.build(shape, where, torch.float32 if self.masters else where.dtype)
         if self.compiled:
-            module.compile(backend=where.compiler, fullgraph=True, dynamic=False)
+            dynamic = False if self.fullgraph else None  # parts between breaks meet other sizes
+            module.compile(backend=where.compiler, fullgraph=self.fullgraph, dynamic=dynamic)
         return module
 
 
@@ -200,6 +203,7 @@ class Case:
             "provider": provider,
             "backend": how.backend,
             "compiled": how.compiled,
+            "ceiling": how.ceiling,
             "captured": how.captured and where.device == "cuda",
             "dtype": str(where.dtype).removeprefix("torch."),
             "weights_dtype": str(torch.float32 if how.masters else where.dtype).removeprefix("torch."),

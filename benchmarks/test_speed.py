@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, timing
 from benchmarks.cases import pairs
 from benchmarks.registry import CPU, GPU, Case
 
@@ -33,7 +33,7 @@ def memory_given_back() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-@pytest.mark.benchmark(timer=measure.CLOCK)
+@pytest.mark.benchmark(timer=timing.CLOCK)
 @pytest.mark.parametrize(("case", "provider"), PAIRS)
 def test_speed(benchmark, request, spent, ceilings, case: Case, provider: str) -> None:
     how = case.providers[provider]
@@ -43,8 +43,14 @@ def test_speed(benchmark, request, spent, ceilings, case: Case, provider: str) -
     reason = how.why_not(WHERE) or spent
     if reason:
         pytest.skip(reason)
-    step, measured = measure.prepare(case, how, WHERE)
-    run, timing = measure.timed(step, how.captured, WHERE is GPU)
+    steps, measured = measure.prepare(case, how, WHERE)
+    run, words = timing.timed(steps, how.captured, WHERE is GPU)
     benchmark.group = f"{case.op} {case.name}, {case.direction}, {facts['device']}"
-    benchmark.extra_info |= {**facts, **measured, "timing": timing}
-    benchmark.pedantic(run, rounds=measure.rounds_of(run), warmup_rounds=1)
+    benchmark.extra_info |= {**facts, **measured, "timing": words}
+    benchmark.pedantic(run, rounds=timing.rounds_of(run), warmup_rounds=1)
+    if benchmark.stats is None:
+        return  # --benchmark-disable
+    stats = benchmark.stats.stats
+    benchmark.extra_info |= {f"p{percent}_ms": timing.percentile(stats.data, percent) * 1e3 for percent in (20, 80)}
+    facts |= benchmark.extra_info
+    request.node.user_properties.append(("stats", {"median": stats.median}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import timing
 from models import create_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -13,7 +13,7 @@ BATCH = 256
 
 
 @pytest.mark.part("extras")
-@pytest.mark.benchmark(group=f"training step, batch {BATCH}, {DEVICE}", timer=measure.CLOCK)
+@pytest.mark.benchmark(group=f"training step, batch {BATCH}, {DEVICE}", timer=timing.CLOCK)
 @pytest.mark.parametrize("name", ["DiT-digits", "DSMoE-digits"])
 def test_training_step(benchmark, spent, name) -> None:
     if spent:
@@ -29,6 +29,6 @@ def test_training_step(benchmark, spent, name) -> None:
         model(x, t, labels).square().mean().backward()
         optimizer.step()
 
-    run, timing = measure.timed(step, captured=False, on_gpu=DEVICE == "cuda")
-    benchmark.extra_info |= {"model": name, "batch": BATCH, "timing": timing}
-    benchmark.pedantic(run, rounds=measure.rounds_of(run), warmup_rounds=1)
+    run, words = timing.timed([step], captured=False, on_gpu=DEVICE == "cuda")
+    benchmark.extra_info |= {"model": name, "batch": BATCH, "timing": words}
+    benchmark.pedantic(run, rounds=timing.rounds_of(run), warmup_rounds=1)

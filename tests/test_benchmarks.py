@@ -45,8 +45,8 @@ def test_every_provider_runs_and_is_right(case: Case, provider: str) -> None:
     how = case.providers[provider]
     if reason := how.why_not(TINY):
         pytest.skip(reason)
-    step, measured = measure.prepare(case, how, TINY)
-    step()
+    steps, measured = measure.prepare(case, how, TINY)
+    steps[0]()
     assert ("saved_mib" in measured) == (case.direction == BOTH)
     facts = case.facts(provider, TINY)
     assert json.loads(json.dumps(facts)) == facts
@@ -89,14 +89,15 @@ def test_a_wrong_record_has_no_time() -> None:
         "experts, DSMoE-L-E48, forward+backward",
         "experts, DSMoE-L-E16, sampling 512, forward",
         "expert-choice layer, DiffMoE-L-E8, forward+backward",
+        "token-choice layer, DSMoE-L-E48, forward+backward",
     ],
 )
 def test_flops_are_those_that_torch_counts(name) -> None:
     case = CASES[name]
     provider = "loop" if "loop" in case.providers else "dense"
-    step, _ = measure.prepare(case, replace(case.providers[provider], compiled=False), TINY)
+    steps, _ = measure.prepare(case, replace(case.providers[provider], compiled=False), TINY)
     with FlopCounterMode(display=False) as counter:
-        step()
+        steps[0]()
     assert counter.get_total_flops() == case.facts(provider, TINY)["flops"]
 
 
@@ -148,13 +149,13 @@ def test_compiled_or_not_as_much_is_kept(name) -> None:
     assert kept[0] == kept[1] > 0
 
 
-def test_the_clock_counts_runs_alone() -> None:
-    calls = []
-    run, how = measure.timed(lambda: calls.append(1), captured=True, on_gpu=False)
-    before = measure.CLOCK()
-    run()
-    assert calls and measure.CLOCK() > before and how == "wall time"
-    assert measure.FEWEST_ROUNDS <= measure.rounds_of(run, seconds=0.0) <= measure.MOST_ROUNDS
+def test_inputs_are_the_same_rows_in_other_orders() -> None:
+    x = torch.arange(24.0).view(12, 2).requires_grad_()
+    first, *others = measure.in_other_orders(x)
+    assert first is x and len(others) == 2
+    for other in others:
+        assert other.requires_grad and other.is_leaf and other.data_ptr() != x.data_ptr()
+        assert not torch.equal(other, x) and torch.equal(other.sort(0).values, x)
 
 
 def record(op: str, name: str, direction: str, provider: str, ms: float, **facts) -> dict:

@@ -40,6 +40,7 @@ def test_a_part_is_collected_alone() -> None:
 def part(name: str, **run: object) -> dict:
     facts = {"op": "experts", "name": name, "direction": "forward+backward", "T": 16384, "E": 16, "K": 2, "I": 2048}
     facts |= {"dtype": "bfloat16", "weights_dtype": "bfloat16", "compiled": False, "published_size": True}
+    facts |= {"ceiling": False, "flops": 10**12, "least_bytes": 10**9, "p20_ms": 1.9, "p80_ms": 2.2}
     machine = {"device": "NVIDIA H200", "compute_capability": "9.0", "torch": "2.11.0", "commit": "abc"}
     return {
         "datetime": "2026-11-21",

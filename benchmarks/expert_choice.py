@@ -1,8 +1,6 @@
-"""Whole layers, router included: DiffMoE's expert choice in training and at inference, DSMoE's token choice."""
+"""DiffMoE's whole layer, router and capacity predictor included, in training and at inference."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +8,11 @@ from torch import Tensor, nn
 
 from benchmarks.experts import TRAINING, cost, tokens
 from benchmarks.registry import BOTH, FORWARD, Build, Case, Provider, Shape, Where
-from diffmoe_kernels import ExpertChoiceMoE, MoE, Routing, ops
+from diffmoe_kernels import ExpertChoiceMoE, Routing, ops
 from diffmoe_kernels.modules import Experts, FeedForward
 from diffmoe_kernels.modules.linear import Linear
 
-DIFFMOE, DSMOE = "DiffMoE-L-E8", "DSMoE-L-E48"
+DIFFMOE = "DiffMoE-L-E8"
 
 
 class ExpertChoice(nn.Module):
@@ -124,23 +122,6 @@ def in_float32(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     return ops.experts(x.float(), routing, **weights, activation=experts.activation, backend="reference")
 
 
-def token_choice(shape: Shape, dtype: torch.dtype, backend: str) -> MoE:
-    """DSMoE's layer of 48 experts: five of them a token, and one that all tokens share."""
-    sizes = shape.hidden, shape.inner, shape.experts, shape.top_k
-    return MoE(*sizes, scaling_factor=2.5, shared_intermediate_size=shape.inner, backend=backend, dtype=dtype)
-
-
-class ExactTokenChoice(nn.Module):
-    """What is right: the layer's choice by the reference, then float32."""
-
-    def __init__(self, layer: MoE) -> None:
-        super().__init__()
-        self.router, self.experts, self.shared_expert = layer.router, layer.experts, layer.shared_expert
-
-    def forward(self, x: Tensor) -> Tensor:
-        return in_float32(self.experts, x, self.router(x).routing) + self.shared_expert(x.float())
-
-
 def expert_choice_cost(shape: Shape, direction: str, size: int) -> tuple[int, int]:
     """The experts, and the products of the router (D E) and the predictor (D D + D E).
 
@@ -154,15 +135,6 @@ def expert_choice_cost(shape: Shape, direction: str, size: int) -> tuple[int, in
     return flops + (3 * router + 2 * first + 3 * second if both else router + first + second), least_bytes + weights * (
         2 if both else 1
     )
-
-
-def token_choice_cost(shape: Shape, direction: str, size: int) -> tuple[int, int]:
-    """The experts with the shared one, and the router's product."""
-    with_shared = replace(shape, top_k=shape.top_k + 1, experts=shape.experts + 1)
-    flops, least_bytes = cost(with_shared, direction, size)
-    width, both = TRAINING[DSMOE].experts, direction == BOTH
-    flops += 2 * shape.tokens * shape.hidden * width * (3 if both else 1)
-    return flops, least_bytes + shape.hidden * width * size * (2 if both else 1)
 
 
 def expert_choice_providers(where: Where, training: bool) -> tuple[dict[str, Provider], Build]:
@@ -188,20 +160,4 @@ def cases(where: Where) -> list[Case]:
         found.append(
             Case("expert-choice layer", DIFFMOE, direction, shape, providers, tokens, right, expert_choice_cost)
         )
-
-    def layer(backend: str) -> Build:
-        return lambda shape, where, dtype: token_choice(shape, dtype, backend)
-
-    def dense(shape: Shape, where: Where, dtype: torch.dtype) -> nn.Module:
-        return FeedForward(shape.hidden, shape.inner * (shape.top_k + 1), dtype=dtype)
-
-    def right(shape: Shape, where: Where, dtype: torch.dtype) -> nn.Module:
-        return ExactTokenChoice(token_choice(shape, dtype, "reference"))
-
-    providers = {
-        "dense": Provider(dense, compiled=where.compiler is not None, ceiling=True),
-        "triton": Provider(layer("triton"), "triton"),
-        "torch": Provider(layer("torch"), "torch", compiled=where.compiler is not None),
-    }
-    found.append(Case("token-choice layer", DSMOE, BOTH, TRAINING[DSMOE], providers, tokens, right, token_choice_cost))
     return found
