@@ -1,5 +1,69 @@
-"""Pure Python for now; the CUDA extension will be driven from here."""
+"""Builds the CUDA extension through CMake where nvcc is found; else the package is pure Python.
 
-from setuptools import setup
+DIFFMOE_BUILD_CUDA=0 leaves it out, =1 asks for it: without nvcc the build then fails. CUDACXX, or CUDA_HOME, names an
+nvcc that is not on the PATH; CMAKE_ARGS is given to CMake.
+"""
 
-setup()
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def find_nvcc() -> str | None:
+    """CUDACXX, CUDA_HOME's or the PATH's, whether or not it works: a broken one should fail, not be passed over."""
+    if named := os.environ.get("CUDACXX"):
+        return named
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (nvcc := Path(home, "bin", "nvcc")).exists():
+        return str(nvcc)
+    return shutil.which("nvcc")
+
+
+def extensions() -> list[Extension]:
+    wanted = os.environ.get("DIFFMOE_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"DIFFMOE_BUILD_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted == "0":
+        print("diffmoe-kernels: pure Python, since DIFFMOE_BUILD_CUDA=0", file=sys.stderr)
+        return []
+    if find_nvcc() is None:
+        if wanted == "1":
+            raise SystemExit("DIFFMOE_BUILD_CUDA=1, and there is no nvcc: put it on the PATH, or set CUDACXX or CUDA_HOME")
+        print("diffmoe-kernels: pure Python, since there is no nvcc", file=sys.stderr)
+        return []
+    return [Extension("diffmoe_kernels._C", sources=[])]
+
+
+class CMakeBuild(build_ext):
+    """One CMake project; its target is the extension."""
+
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        folder = Path(self.build_temp).resolve() / "cmake"
+        configure = [
+            "cmake",
+            f"-S{ROOT}",
+            f"-B{folder}",
+            "-GNinja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        shutil.rmtree(folder, ignore_errors=True)  # of another environment's pybind11
+        for command in (configure, ["cmake", "--build", str(folder)]):
+            subprocess.run(command, check=True)
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from benchmarks import adaln, attention, expert_choice, experts, routing, token_choice
+from benchmarks import adaln, attention, expert_choice, experts, routing, token_choice, whole_models
 from benchmarks.goals import GOALS, Key
 from benchmarks.registry import Case, Where
 
 OWN_PARTS = {"experts": "experts", "rope_attention": "attention"}  # of the ops' verdicts
-PARTS = ("experts", "layers", "attention", "compared", "extras")  # each fits a process, the most telling first
+# Each fits a process, the most telling first.
+PARTS = ("experts", "layers", "attention", "compared", "models", "extras", "other-models")
+ALONE = ("models", "other-models")  # leave no room on the GPU for anything else
 
 
 def all_cases(where: Where) -> list[Case]:
-    return [
-        case for kind in (experts, token_choice, expert_choice, routing, attention, adaln) for case in kind.cases(where)
-    ]
+    kinds = experts, token_choice, expert_choice, routing, attention, adaln, whole_models
+    return [case for kind in kinds for case in kind.cases(where)]
 
 
 def pairs(where: Where) -> list[tuple[str, Case, str]]:
@@ -23,6 +24,8 @@ def pairs(where: Where) -> list[tuple[str, Case, str]]:
     shown = [key for goal in GOALS for key in goal.shown]
 
     def part(key: Key) -> str:
+        if key[0] in whole_models.BATCHES:
+            return "models" if key in shown else "other-models"
         if key in decisive:
             return OWN_PARTS.get(key[0], "layers")
         return "compared" if key in shown else "extras"

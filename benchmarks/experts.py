@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.peers import Adapter, peers
 from benchmarks.registry import BOTH, FORWARD, Build, Case, Provider, Shape, Where, normal
 from diffmoe_kernels import Routing, ops
 from diffmoe_kernels.modules import FeedForward
@@ -68,12 +69,14 @@ def ours(backend: str) -> Callable[[Experts, Tensor], Tensor]:
 
 
 def exact(module: Experts, x: Tensor) -> Tensor:
-    """The definition, in float32."""
+    """The definition, in float32; gates and the weights that they come from both get the gradient."""
     names = {"up": "up_proj", "down": "down_proj", "up_bias": "up_bias", "down_bias": "down_bias"}
     weights = {name: getattr(module, own) for own, name in names.items()}
     weights = {name: weight.float() for name, weight in weights.items() if weight is not None}
     how = {"activation": module.shape.activation, "backend": "reference"}
-    return ops.experts(x.float(), module.routing, **weights, **how)
+    slot_weights = module.topk_weights.flatten()[module.token_rows.argsort()]  # (R,), equal to the gates
+    routing = replace(module.routing, gates=module.gates + (slot_weights - slot_weights.detach()))
+    return ops.experts(x.float(), routing, **weights, **how)
 
 
 def grouped_mm(module: Experts, x: Tensor) -> Tensor:
@@ -103,6 +106,17 @@ def loop(module: Experts, x: Tensor) -> Tensor:
 
 def of(compute: Callable[[Experts, Tensor], Tensor]) -> Build:
     return lambda shape, where, dtype: Experts(shape, dtype, where.dtype, compute)
+
+
+def prepared(adapter: Adapter) -> Build:
+    """Builds what a peer's adapter computes with, once it has taken the weights over."""
+
+    def build(shape: Shape, where: Where, dtype: torch.dtype) -> nn.Module:
+        module = Experts(shape, dtype, where.dtype, exact)  # whose weights the adapter may lay out anew
+        module.compute = adapter(module)
+        return module
+
+    return build
 
 
 def dense(shape: Shape, where: Where, dtype: torch.dtype) -> nn.Module:
@@ -142,7 +156,9 @@ def cases(where: Where) -> list[Case]:
     for name, shape in TRAINING.items():
         # Of the other activation the whole layer is timed, by all who compute it.
         others = {"dense": ceiling, **plain, **masters} if shape.activation == "swiglu" else {}
-        found.append(Case("experts", name, BOTH, shape, backends | others, tokens, of(exact), cost))
+        found.append(
+            Case("experts", name, BOTH, shape, backends | others | peers(shape, prepared), tokens, of(exact), cost)
+        )
         found.append(Case("experts", name, FORWARD, shape, backends, tokens, of(exact), cost))
     for name in ("DSMoE-L-E16", "DSMoE-L-E48"):
         for count in SAMPLING_TOKENS:

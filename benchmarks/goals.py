@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ class Goal:
 
     Attributes:
         op, name, direction: the case that shows it.
-        limit: of ours over the baseline, or of ours itself where ``unit`` is given.
-        unit: None, "ms" or "MiB" (saved for the backward).
+        limit: of ours over the baseline; of ours itself in "ms" and "MiB".
+        unit: None, "ms", "MiB" (saved for the backward), or "images/s", of which ours has at least ``limit`` times the
+            baseline's.
         ours: providers of this project; the fastest counts.
         baseline: providers that all must be there, the fastest counts; "copy" is a copy of the case's least bytes.
         today: the best that a user has without this project.
         baseline_op: the baselines' and today's case, where it is another op's.
+        baseline_name: the baselines' case, where it is another model's.
     """
 
     op: str
@@ -43,24 +45,32 @@ class Goal:
     baseline: tuple[str, ...] = ("dense",)
     today: tuple[str, ...] = ("grouped_mm",)
     baseline_op: str | None = None
+    baseline_name: str | None = None
 
     @property
     def decisive(self) -> list[Key]:
         """What the verdict needs, if the case has such providers."""
         if self.limit is None:
             return []
-        return self._of(self.op, *self.ours) + ([] if self.unit else self._of_baseline(*self.baseline))
+        return self.of_ours + ([] if self.unit in ("ms", "MiB") else self.of_baseline)
 
     @property
     def shown(self) -> list[Key]:
         """All that the row shows."""
-        return self._of(self.op, *self.ours) + self._of_baseline(*self.baseline, *self.today)
+        return self.of_ours + self.of_baseline + self.of_today
 
-    def _of_baseline(self, *providers: str) -> list[Key]:
-        return self._of(self.baseline_op or self.op, *providers)
+    @property
+    def of_ours(self) -> list[Key]:
+        return [(self.op, self.name, self.direction, provider) for provider in self.ours]
 
-    def _of(self, op: str, *providers: str) -> list[Key]:
-        return [(op, self.name, self.direction, provider) for provider in providers]
+    @property
+    def of_baseline(self) -> list[Key]:
+        op, name = self.baseline_op or self.op, self.baseline_name or self.name
+        return [(op, name, self.direction, provider) for provider in self.baseline]
+
+    @property
+    def of_today(self) -> list[Key]:
+        return [(self.baseline_op or self.op, self.name, self.direction, provider) for provider in self.today]
 
     @property
     def work(self) -> str:
@@ -72,6 +82,8 @@ class Goal:
     def bound(self) -> str:
         if self.limit is None:
             return "none set"
+        if self.unit == "images/s":
+            return f">= {self.limit:g} x"
         if self.unit:
             return f"<= {self.limit:g} {self.unit}"
         return "ahead" if self.limit == 1 else f"<= {self.limit:g} x"
@@ -91,6 +103,23 @@ ATTENTION = {
     "512 px": (0.163, 0.65),
 }
 SDPA = {"baseline": ("compiled, cuDNN",), "today": ("compiled, cuDNN", "compiled, flash")}
+
+# Each mixture and the dense model of about as many activated parameters, in millions.
+EQUALS = {
+    "DSMoE-L-E16": "DiT-L/2",  # 487 and 458
+    "DSMoE-L-E48": "DiT-L/2",  # 457 and 458
+    "DiffMoE-L-E8": "DiT-L/2",  # 471 and 458
+    "JiTMoE-L/16-E16": "JiT-L/16",  # 489 and 459
+}
+
+
+def throughput(model: str, batch: str, share: float) -> Goal:
+    """Of a mixture's training, compiled, at least that share of its dense model's in plain PyTorch, compiled too."""
+    today = ("grouped_mm, compiled",) if model.startswith("DSMoE") else ("torch, compiled",)
+    sides = {"ours": ("triton, compiled",), "baseline": ("torch, compiled",), "today": today}
+    dense = f"{EQUALS[model]}, {batch}"
+    return Goal("training step", f"{model}, {batch}", BOTH, share, "images/s", **sides, baseline_name=dense)
+
 
 GOALS = [
     *(Goal("experts", name, BOTH, time) for name, (time, _) in LIMITS.items()),
@@ -122,6 +151,8 @@ GOALS = [
         for name, limits in ATTENTION.items()
         for direction, limit in zip((FORWARD, BOTH), limits, strict=True)
     ),
+    *(throughput(name, f"batch {count}", share) for name in EQUALS for count, share in ((64, 0.85), (256, 0.95))),
+    *(throughput(name, "largest batch", 1.0) for name in EQUALS),
 ]
 
 
@@ -143,17 +174,16 @@ class Results:
     def _key(op: str, name: str, direction: str, provider: str, **_: object) -> Key:
         return op, name, direction, provider
 
-    def find(self, op: str, goal: Goal, provider: str) -> dict[str, Any] | str:
+    def find(self, key: Key) -> dict[str, Any] | str:
         """The record, or why there is none."""
-        key = op, goal.name, goal.direction, provider
         if key not in self.records:
-            return f"{provider}: {self.reasons.get(key, 'not in the file')}"
+            return f"{key[3]}: {self.reasons.get(key, 'not in the file')}"
         record = self.records[key]
-        return record if record["published_size"] else f"{provider}: not at the published size"
+        return record if record["published_size"] else f"{key[3]}: not at the published size"
 
-    def fastest(self, op: str, goal: Goal, providers: tuple[str, ...], need_all: bool) -> dict[str, Any] | str:
-        """The fastest provider's record, or why there is none."""
-        found = [self.find(op, goal, provider) for provider in providers]
+    def fastest(self, keys: Sequence[Key], need_all: bool) -> dict[str, Any] | str:
+        """The record of the fastest, or why there is none."""
+        found = [self.find(key) for key in keys]
         missing = [one for one in found if isinstance(one, str)]
         if not found or len(missing) == len(found) or (need_all and missing):
             return "; ".join(missing)
@@ -161,7 +191,7 @@ class Results:
 
     def baseline(self, goal: Goal, ours: Mapping[str, Any] | str) -> dict[str, Any] | str:
         if goal.baseline != ("copy",):
-            return self.fastest(goal.baseline_op or goal.op, goal, goal.baseline, need_all=True)
+            return self.fastest(goal.of_baseline, need_all=True)
         bandwidth = self.run.get("ceilings", {}).get("copy_bytes_per_second")
         if isinstance(ours, str) or not bandwidth:
             return "no copy was timed" if not bandwidth else ours
@@ -170,13 +200,13 @@ class Results:
 
 def row(goal: Goal, results: Results) -> list[str]:
     """The table's cells: work, today's best, baseline, ours, ratio, goal, reached or not."""
-    ours = results.fastest(goal.op, goal, goal.ours, need_all=False)
+    ours = results.fastest(goal.of_ours, need_all=False)
     baseline = results.baseline(goal, ours)
-    today = results.fastest(goal.baseline_op or goal.op, goal, goal.today, need_all=False)
-    unit = "saved_mib" if goal.unit == "MiB" else "ms"
+    today = results.fastest(goal.of_today, need_all=False)
+    unit = goal.unit or "ms"
     measured = not isinstance(ours, str)
-    ratio = ours[unit] / baseline[unit] if measured and not isinstance(baseline, str) else None
-    value = (ours[unit] if measured else None) if goal.unit else ratio
+    ratio = _amount(ours, unit) / _amount(baseline, unit) if measured and not isinstance(baseline, str) else None
+    value = ratio if goal.unit in (None, "images/s") else _amount(ours, unit) if measured else None
     if value is None:
         verdict = "not measured: " + (ours if not measured else str(baseline))
     elif goal.limit is None:
@@ -184,16 +214,24 @@ def row(goal: Goal, results: Results) -> list[str]:
     elif goal.direction == FORWARD and goal.unit == "ms" and not ours["captured"]:
         verdict = "**no**: not in a CUDA graph"
     else:
-        verdict = "yes" if value <= goal.limit else f"**no**, {value / goal.limit:.2f} x the goal"
+        reached = value >= goal.limit if goal.unit == "images/s" else value <= goal.limit
+        verdict = "yes" if reached else f"**no**, {value / goal.limit:.2f} x the goal"
     cells = [_cell(one, unit) for one in (today, baseline, ours)]
     return [goal.work, *cells, "" if ratio is None else f"{ratio:.2f}", goal.bound, verdict]
+
+
+def _amount(record: Mapping[str, Any], unit: str) -> float:
+    if unit == "images/s":
+        return record["images"] / record["ms"] * 1e3
+    return record["saved_mib" if unit == "MiB" else "ms"]
 
 
 def _cell(record: Mapping[str, Any] | str, unit: str) -> str:
     if isinstance(record, str):
         return ""
-    value = f"{record[unit]:.0f} MiB" if unit == "saved_mib" else f"{record[unit]:.3f} ms"
-    return f"{value} ({record['provider']})"
+    value = f"{_amount(record, unit):.{3 if unit == 'ms' else 0}f} {unit}"
+    images = f", {record['images']} images" if unit == "images/s" else ""
+    return f"{value} ({record['provider']}{images})"
 
 
 def report(data: Mapping[str, Any], goals: list[Goal] | None = None) -> str:

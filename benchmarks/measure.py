@@ -60,6 +60,8 @@ def prepare(case: Case, provider: Provider, where: Where) -> tuple[list[Callable
     Raises:
         AssertionError: its result is wrong.
     """
+    if case.prepare is not None:
+        return case.prepare(case, provider, where)
     shape = where.resize(case.shape)
     x = case.inputs(shape, where)
     module = provider.module(shape, where)

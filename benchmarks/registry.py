@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,6 +121,7 @@ class Provider:
         masters: float32 weights, cast inside.
         ceiling: another function of the same cost, which no reference checks.
         needs: why it can't run on that machine for a reason of its own, such as a package that is not there, or None.
+        regions: the parts of the module that torch.compile takes, each by itself.
     """
 
     build: Build
@@ -131,6 +132,7 @@ class Provider:
     masters: bool = False
     ceiling: bool = False
     needs: Callable[[Where], str | None] = lambda where: None
+    regions: Callable[[nn.Module], Iterable[nn.Module]] = lambda module: (module,)
 
     def why_not(self, where: Where) -> str | None:
         """Why it can't run there, or None."""
@@ -150,7 +152,8 @@ class Provider:
             module = self.build(shape, where, torch.float32 if self.masters else where.dtype)
         if self.compiled:
             dynamic = False if self.fullgraph else None  # parts between breaks meet other sizes
-            module.compile(backend=where.compiler, fullgraph=self.fullgraph, dynamic=dynamic)
+            for region in self.regions(module):
+                region.compile(backend=where.compiler, fullgraph=self.fullgraph, dynamic=dynamic)
         return module
 
 
@@ -175,6 +178,7 @@ class Case:
         reference: builds the module that says what is right.
         cost: the shape, the direction and the bytes of an element -> floating-point operations, least bytes.
         agree: raises AssertionError unless two outcomes are the same.
+        prepare: does what `measure.prepare` does, where a step is more than one module's forward and backward.
     """
 
     op: str
@@ -186,6 +190,7 @@ class Case:
     reference: Build
     cost: Callable[[Shape, str, int], tuple[int, int]]
     agree: Callable[[Mapping[str, Any], Mapping[str, Any], torch.dtype], None] = close
+    prepare: Callable[[Case, Provider, Where], tuple[list[Callable[[], object]], dict[str, Any]]] | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
+from diffmoe_kernels import cuda_support
 from diffmoe_kernels.checks import autocast_off
-from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED
+from diffmoe_kernels.cuda_support import why_not_cuda
+from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED, why_not_triton
 
 Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+# Those of this project's kernels, and what tells why they can't run on a tensor.
+KERNEL_BACKENDS: dict[str, Callable[[Tensor], str | None]] = {"triton": why_not_triton, "cuda": why_not_cuda}
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def available_backends() -> dict[str, str]:
         "reference": "available",
         "torch": "available",
         "triton": _triton_status(),
-        "cuda": "not available: this version has no CUDA extension",
+        "cuda": cuda_support.status(),
     }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.library import CustomOpDef
 def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Registers a function as the operator ``diffmoe_kernels::<name>``, which writes to none of its arguments.
 
-    It runs with its first tensor's GPU as the current one, where Triton launches.
+    It runs with its first tensor's GPU as the current one, where kernels are launched.
     """
 
     def register(function: Callable[..., Any]) -> CustomOpDef:
@@ -26,3 +28,9 @@ def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
         return torch.library.custom_op(f"diffmoe_kernels::{name}", on_its_device, mutates_args=())
 
     return register
+
+
+@functools.cache
+def launchers(op: str, backend: str) -> ModuleType:
+    """The module of an op's folder whose functions launch that backend's kernels: "triton" or "cuda"."""
+    return importlib.import_module(f"diffmoe_kernels.ops.{op}._{backend}")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Tensor descriptors came with Triton 3.4; an older one is as good as none.
+HAS_TRITON = all(importlib.util.find_spec(name) for name in ("triton", "triton.tools.tensor_descriptor"))
 if HAS_TRITON:
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -1,9 +1,7 @@
 """Train models on digits on a CPU, by default DSMoE and dense DiT, sample and score them: `python -m models.demo`."""
 
 import dataclasses
-import datetime
 import json
-import platform
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,12 +12,13 @@ import torch
 from torch import Tensor
 
 from models import count_parameters, create_model
-from models.data import collect, from_uint8, load_dataset, save_grid, save_npz, to_uint8
-from models.metrics import DigitsClassifier, Scores, score_samples, train_classifier
+from models.data import collect, load_dataset, save_npz, to_uint8
+from models.metrics import Scores, score_samples, train_classifier
+from models.metrics.typical import most_typical, save_typical_grid
 from models.sample import balanced_labels, sample_images
-from models.training.config import TrainConfig, build_config, config_parser, flag, option, require
+from models.training.config import TrainConfig, build_config, config_parser, option, require
 from models.training.loading import load_model
-from models.training.logs import read_metrics, save_loss_curves
+from models.training.logs import command_line, machine, markdown_table, read_metrics, save_loss_curves
 from models.training.trainer import NonFiniteError, Trainer, TrainResult
 
 MODELS = ["DSMoE-digits", "DiT-digits"]
@@ -27,7 +26,6 @@ NOTES = """digits-FD: distance of 500 samples to 500 held-out images, lower is b
 KID: kernel distance of the same features, with its error; 0 is best. Losses of different objectives do not compare.
 Nearer to training images: share of samples nearer to one than the median held-out image is; 50% is fresh.
 grid.png: of each class the most typical of 50 samples; samples as they come are in each run's samples folder."""
-ENLARGE = 8  # of the grid's images
 
 
 @dataclass(frozen=True)
@@ -131,20 +129,6 @@ def run_demo(config: DemoConfig) -> list[Row] | None:
     return rows
 
 
-def most_typical(images: Tensor, labels: Tensor, classifier: DigitsClassifier) -> Tensor:
-    """Of each class the image whose features lie nearest to the mean of its class: uint8 (N, H, W, C) -> (K, H, W, C).
-
-    A picture of one image per class should show what the others look like, neither the best nor a stray one.
-    """
-    features = classifier.features(from_uint8(images, channels=1))
-    chosen = []
-    for label in labels.unique():
-        (members,) = torch.where(labels == label)
-        distances = (features[members] - features[members].mean(0)).norm(dim=1)
-        chosen.append(members[distances.argmin()])
-    return images[torch.stack(chosen)]
-
-
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, its columns aligned."""
     heading = ["model", "activated", "total", "steps", "images/s", "loss", "digits-FD", "floor", "KID"]
@@ -164,10 +148,7 @@ def format_table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(heading, *cells, strict=True)]
-    lines = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in [heading, *cells]]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(heading, cells)
 
 
 def _train(name: str, config: DemoConfig, steps: int | None) -> TrainResult:
@@ -199,34 +180,11 @@ def _sample(name: str, config: DemoConfig, labels: Tensor) -> Tensor:
     return images
 
 
-def _command(config: DemoConfig) -> str:
-    """The command line that gives these results."""
-    words = ["python -m models.demo"]
-    for spec in dataclasses.fields(config):
-        value = getattr(config, spec.name)
-        if value != spec.default and spec.name not in ("output", "overwrite"):
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            words += [f"--{flag(spec.name)}", *map(str, values)]
-    return " ".join(words)
-
-
 def _write(output: Path, config: DemoConfig, rows: list[Row], rows_of_grid: dict[str, Tensor]) -> None:
-    images = from_uint8(torch.cat(list(rows_of_grid.values())))
-    columns = len(images) // len(rows_of_grid)
-    # Eight pixels a side are hard to read as squares; smooth enlargement adds nothing to them.
-    enlarged = torch.nn.functional.interpolate(images, scale_factor=ENLARGE, mode="bicubic")
-    save_grid(
-        output / "grid.png",
-        to_uint8(enlarged),
-        columns,
-        row_labels=list(rows_of_grid),
-        column_labels=[str(label) for label in range(columns)],
-    )
+    save_typical_grid(output / "grid.png", rows_of_grid)
     save_loss_curves(output / "loss.png", {row.model: read_metrics(output / row.model) for row in rows})
-    origin = (
-        f"`{_command(config)}`, {platform.machine()} CPU with {torch.get_num_threads()} "
-        f"threads, Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}"
-    )
+    command = command_line("models.demo", config, leave_out=("output", "overwrite"))
+    origin = f"`{command}`, {torch.get_num_threads()} threads, {machine(torch.device('cpu'))}"
     (output / "demo.md").write_text(f"{format_table(rows)}\n\n{origin}\n\n{NOTES}\n")
     record = {
         "origin": origin,

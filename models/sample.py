@@ -1,5 +1,8 @@
 """Sample images from a trained model: `python -m models.sample --checkpoint runs/train --output samples`."""
 
+import dataclasses
+import hashlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -11,7 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.data import check_labels, load_autoencoder, save_grid, save_npz, to_uint8
+from models.data import (
+    check_labels,
+    image_shape,
+    iterate_images,
+    join_npz,
+    load_autoencoder,
+    save_grid,
+    save_npz,
+    to_uint8,
+)
+from models.data.npz import load_origin
+from models.data.samples import WHOLE, check_request, part_name
 from models.objectives import Method, Objective, ObjectiveName, objective_for
 from models.precision import Precision, experts_cast_once
 from models.training.config import build_config, config_parser, option, require
@@ -36,6 +50,12 @@ class SampleConfig:
     )
     weights: Weights | None = option(None, "moving average, a second one, or last step; the first that is there")
     num_samples: int = option(100, "how many images, as many of each class")
+    first: int = option(0, "number of the first image, where this call draws a part of a larger run: of several GPUs")
+    part_size: int | None = option(
+        None,
+        "images per file (a multiple of --batch-size is best); a call that was stopped goes on after the last file",
+    )
+    join: str | None = option(None, "with --part-size: .npz to write all files into, as the ADM evaluator takes it")
     classes: list[int] | None = option(None, "labels to sample, all by default", items=int)
     unconditional: bool = option(False, "sample without a class, for models trained with label dropout")
     method: Method | None = option(None, "sampler: euler, heun (two calls a step), dopri5; for ddpm ancestral, ddim")
@@ -50,8 +70,11 @@ class SampleConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "steps", "batch_size"):
+        for name in ("num_samples", "part_size", "steps", "batch_size"):
             require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        require(self, "first", self.first >= 0, "at least 0")
+        fine = self.join is None or self.part_size is not None
+        require(self, "join", fine, "left out without --part-size, since all is in one file already")
         fine = self.objective is None or self.official is not None
         require(self, "objective", fine, "left out without --official, a run has its own")
         fine = self.model is None or self.official is None
@@ -75,6 +98,7 @@ def sample_images(
     cfg_scale: float = 1.0,
     batch_size: int = 256,
     precision: Precision = "float32",
+    first: int = 0,
 ) -> Tensor:
     """Images of the given labels; all noise of image i depends on `seed` and i alone.
 
@@ -86,6 +110,7 @@ def sample_images(
         objective: that the model was trained with; by default the one of its family.
         steps, method, cfg_scale: see `Objective.sample`.
         precision: "bfloat16" runs the model under autocast; the sampler's own arithmetic is float32.
+        first: i of the first label, for a part of a larger run.
 
     Returns:
         (N, C, H, W) float32 on the CPU, about [-1, 1], not clipped; latents of a latent model.
@@ -93,7 +118,7 @@ def sample_images(
     Raises:
         TypeError, ValueError: as `Objective.sample` does.
     """
-    batches = sample_batches(model, labels, objective, seed, steps, method, cfg_scale, batch_size, precision)
+    batches = sample_batches(model, labels, objective, seed, steps, method, cfg_scale, batch_size, precision, first)
     with experts_cast_once(model, precision):
         return torch.cat([batch.cpu() for batch in batches])
 
@@ -108,6 +133,7 @@ def sample_batches(
     cfg_scale: float,
     batch_size: int,
     precision: Precision,
+    first: int = 0,
 ) -> Iterator[Tensor]:
     """What `sample_images` returns, `batch_size` images at a time, on the model's device.
 
@@ -117,6 +143,9 @@ def sample_batches(
         raise ValueError(f"batch_size and labels: expected at least 1 of each, got {batch_size} and {len(labels)}")
     objective = objective_for(model) if objective is None else objective
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
+    skipped = torch.empty(model.in_channels, model.input_size, model.input_size)
+    for _ in range(first):
+        skipped.normal_(generator=generator)
     for start in range(0, len(labels), batch_size):
         part = labels[start : start + batch_size]
         noise = torch.empty(len(part), model.in_channels, model.input_size, model.input_size)
@@ -130,7 +159,7 @@ def sample_batches(
                 steps=steps,
                 method=method,
                 cfg_scale=cfg_scale,
-                step_noise=_StepNoise(seed, start, noise),
+                step_noise=_StepNoise(seed, first + start, noise),
             )
         yield samples
 
@@ -174,46 +203,113 @@ def check_decodable(model: nn.Module, autoencoder: str | None) -> None:
         )
 
 
-def sample_to_files(config: SampleConfig) -> tuple[Path, Path]:
-    """Sample as `config` says; returns the paths of the grid and of the `.npz`, whose `labels` are the classes.
+def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
+    """Sample as `config` says; returns the paths of the grid and of the `.npz` files, whose `labels` are the classes.
+
+    The files are one `samples.npz`; or, with `first` or `part_size`, parts named by the number of their first image.
+    All parts of a run together hold what one call writes into one file. With `part_size`, those that are there stay.
 
     Raises:
-        TypeError, ValueError: no usable checkpoint, labels out of range, or a request that the model can't meet.
+        TypeError, ValueError: no usable checkpoint, labels out of range, or a request that the model can't meet; a part
+            that is there, but was sampled otherwise.
     """
     device = pick_device(config.device)
     trained = _load(config, device)
     model, decoder = trained.model, config.autoencoder or trained.autoencoder
     check_decodable(model, decoder)
+    _check_parts(config, model)
+    end = config.first + config.num_samples
     if config.unconditional:
         # Without a null label this is the label that would be it, which the sampler refuses by its reason.
-        labels, cfg_scale = torch.full((config.num_samples,), model.num_classes), 1.0
-        columns, headings = min(GRID_COLUMNS, config.num_samples), []
+        classes, labels, cfg_scale = [], torch.full((end,), model.num_classes), 1.0
     else:
         classes = list(range(model.num_classes)) if config.classes is None else config.classes
         check_labels(torch.tensor(classes), model.num_classes)
-        labels, cfg_scale = balanced_labels(config.num_samples, classes), config.cfg_scale
-        columns = min(len(classes), config.num_samples, GRID_COLUMNS)
-        headings = [str(label) for label in classes[:columns]] if columns == len(classes) else []
-    batches = sample_batches(
-        model,
-        labels,
-        trained.objective,
-        config.seed,
-        config.steps,
-        config.method,
-        cfg_scale,
-        config.batch_size,
-        config.precision,
-    )
+        labels, cfg_scale = balanced_labels(end, classes), config.cfg_scale
+
+    output, in_parts = Path(config.output), config.first > 0 or config.part_size is not None
+    request = _request(config, trained, decoder) if in_parts else None
+    starts = range(config.first, end, config.part_size or config.num_samples)
+    archives = [output / (part_name(start) if in_parts else WHOLE) for start in starts]
     with experts_cast_once(model, config.precision):
-        images = torch.cat([to_images(batch, decoder) for batch in batches])
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    grid, archive = output / "grid.png", output / "samples.npz"
+        for start, archive in zip(starts, archives, strict=True):
+            part = labels[start : min(start + starts.step, end)]
+            if config.part_size is not None and archive.exists():
+                _check_part(archive, len(part), request)
+                continue
+            batches = sample_batches(
+                model,
+                part,
+                trained.objective,
+                config.seed,
+                config.steps,
+                config.method,
+                cfg_scale,
+                config.batch_size,
+                config.precision,
+                start,
+            )
+            images = torch.cat([to_images(batch, decoder) for batch in batches])
+            output.mkdir(parents=True, exist_ok=True)
+            origin = {"first": start, "request": request} if in_parts else None
+            save_npz(archive, images, None if config.unconditional else part, origin=origin)
+    grid = output / (f"grid-{config.first:06d}.png" if config.first else "grid.png")
+    _save_grid(grid, archives[0], labels[config.first :], classes)
+    if config.join is not None:
+        Path(config.join).parent.mkdir(parents=True, exist_ok=True)
+        join_npz(archives, config.join)
+    return grid, archives
+
+
+def _depends_on_batch(config: SampleConfig, model: nn.Module) -> bool:
+    return getattr(model, "mixes_samples", False) or config.method == "dopri5"
+
+
+def _check_parts(config: SampleConfig, model: nn.Module) -> None:
+    """Refuse parts that would not be what one call draws, since each begins a batch anew."""
+    sizes = (config.first, config.part_size or config.batch_size)
+    if _depends_on_batch(config, model) and any(size % config.batch_size for size in sizes):
+        raise ValueError(
+            f"--first and --part-size must be multiples of --batch-size, {config.batch_size}, got {sizes[0]} and "
+            f"{sizes[1]}: these samples depend on their batch (dopri5, or experts that choose among all its tokens)"
+        )
+
+
+def _request(config: SampleConfig, trained: TrainedModel, decoder: str | None) -> dict[str, Any]:
+    """All that images of one run have in common, as JSON gives it back."""
+    digest = hashlib.sha256()
+    for name, value in trained.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy())
+    names = ("seed", "steps", "method", "cfg_scale", "precision", "classes", "unconditional")
+    request = {name: getattr(config, name) for name in names} | {
+        "weights": digest.hexdigest(),
+        "objective": [type(trained.objective).__name__, dataclasses.asdict(trained.objective)],
+        "autoencoder": decoder,
+    }
+    if _depends_on_batch(config, trained.model):
+        request["batch_size"] = config.batch_size
+    return json.loads(json.dumps(request))
+
+
+def _check_part(archive: Path, count: int, request: dict[str, Any]) -> None:
+    """Refuse to take a file for a part of this run that is none."""
+    origin = load_origin(archive)
+    check_request(archive, origin["request"] if origin else {}, request, "this run is")
+    if image_shape(archive)[0] != count:
+        raise ValueError(
+            f"{archive} holds {image_shape(archive)[0]} images, but {count} belong into it: "
+            "keep --part-size as it was, or remove the file"
+        )
+
+
+def _save_grid(path: Path, archive: Path, labels: Tensor, classes: list[int]) -> None:
+    """The first images of an archive, which have these labels, a column per class where there are not too many."""
+    images = next(iterate_images([archive], GRID_COLUMNS * GRID_ROWS))
+    columns = min(len(classes) or GRID_COLUMNS, len(images), GRID_COLUMNS)
+    headings = [str(label) for label in labels[:columns].tolist()] if columns == len(classes) else []
     rows = min(len(images) // columns, GRID_ROWS)
-    save_grid(grid, images[: rows * columns], columns, column_labels=headings)
-    save_npz(archive, images, None if config.unconditional else labels)
-    return grid, archive
+    save_grid(path, images[: rows * columns], columns, column_labels=headings)
 
 
 def _load(config: SampleConfig, device: torch.device) -> TrainedModel:
@@ -231,15 +327,19 @@ def _load(config: SampleConfig, device: torch.device) -> TrainedModel:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 2 where it asks for something impossible."""
+    """Run the command line; the exit status is 2 where it asks for something impossible, 130 after an interrupt."""
     try:
         parser = config_parser(SampleConfig, prog="python -m models.sample", description="Sample from a trained model.")
         config = build_config(SampleConfig, parser.parse_args(arguments))
-        grid, archive = sample_to_files(config)
+        grid, archives = sample_to_files(config)
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{config.num_samples} samples: {grid}, {archive}")
+    except KeyboardInterrupt:
+        print("stopped: with --part-size the same command goes on after the last file", file=sys.stderr)
+        return 130
+    files = archives[0] if len(archives) == 1 else f"{archives[0]} to {archives[-1].name}"
+    print(f"{config.num_samples} samples: {grid}, {files}")
     return 0
 
 

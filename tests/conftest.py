@@ -1,4 +1,7 @@
-"""What all tests share: ``pytest`` runs them on the CPU, with Triton's kernels interpreted; ``pytest -m gpu`` not."""
+"""What all tests share: ``pytest`` runs them on the CPU, Triton's kernels interpreted, CUDA's built for it.
+
+``pytest -m gpu`` does neither.
+"""
 
 import importlib.util
 import os
@@ -18,6 +21,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.kernels.interpreter import mend_bfloat16
 
         mend_bfloat16()
+    from tests.kernels import on_cpu
+
+    if on_cpu.why_not() is None:
+        on_cpu.install()
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import check, files, goals, prefer
-from benchmarks.cases import PARTS, all_cases, pairs
+from benchmarks import check, files, goals, prefer, whole_models
+from benchmarks.cases import ALONE, PARTS, all_cases, pairs
 from benchmarks.registry import GPU
 
 
@@ -23,9 +23,17 @@ def test_every_pair_is_in_one_part_and_the_goals_come_first() -> None:
     assert set(parts) == set(PARTS) and parts == sorted(parts, key=PARTS.index)
     decisive = {key for goal in goals.GOALS for key in goal.decisive} & set(keys)
     shown = {key for goal in goals.GOALS for key in goal.shown} & set(keys)
-    assert set(keys[: len(decisive)]) == decisive
-    assert set(keys[: len(shown)]) == shown > decisive
+    for whole in (False, True):
+        own = [key for key in keys if (key[0] in whole_models.BATCHES) == whole]
+        assert set(own[: len(decisive.intersection(own))]) == decisive.intersection(own)
+        assert set(own[: len(shown.intersection(own))]) == shown.intersection(own) > decisive.intersection(own)
+        assert {part in ALONE for part, case, _ in found if (case.op in whole_models.BATCHES) == whole} == {whole}
     assert keys[0] == ("experts", "DSMoE-L-E16", "forward+backward", "triton")
+    first = [(case.name, provider) for part, case, provider in found if part == "models"]
+    assert first[:4] == [
+        *(("DSMoE-L-E16, batch 64", "triton, compiled"), ("DiT-L/2, batch 64", "torch, compiled")),
+        *(("DSMoE-L-E16, batch 256", "triton, compiled"), ("DiT-L/2, batch 256", "torch, compiled")),
+    ]
 
 
 def test_a_part_is_collected_alone() -> None:
@@ -125,7 +133,10 @@ def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypa
     timed = [words for words in commands if "--benchmark-json=" in words]
     assert [words.split("--part=")[1].split()[0] for words in timed] == list(PARTS)
     assert sum("-m gpu" in words for words in commands) == 2
-    assert sum("--benchmark-disable" in words for words in commands) == len(PARTS)
+    warmed = [words.split("--part=")[1].split()[0] for words in commands if "--benchmark-disable" in words]
+    assert sorted(warmed) == sorted(set(PARTS) - set(ALONE))  # a whole model leaves the tests no memory
+    budgets = {words.split("--part=")[1].split()[0]: words.split("--budget=")[1].split()[0] for words in timed}
+    assert float(budgets["models"]) < float(budgets["extras"]) - 40
 
 
 def test_a_spent_budget_starts_nothing(tmp_path, monkeypatch, capsys) -> None:

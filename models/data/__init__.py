@@ -6,19 +6,28 @@ from pathlib import Path
 
 from models.data.digits import load_digits
 from models.data.folder import load_folder
-from models.data.images import from_uint8, load_npz, save_grid, save_npz, to_uint8
+from models.data.images import from_uint8, save_grid, to_uint8
 from models.data.latents import autoencoder_name, holds_latents, load_autoencoder, load_latents, with_autoencoder
+from models.data.npz import array_names, image_shape, iterate_images, join_npz, load_npz, read_arrays, save_npz
+from models.data.samples import load_samples, sample_files
 from models.data.splits import DataSplits, check_labels, collect, rank_in_class
 
 __all__ = [
     "DataSplits",
+    "array_names",
     "check_labels",
     "collect",
     "from_uint8",
+    "image_shape",
+    "iterate_images",
+    "join_npz",
     "load_autoencoder",
     "load_dataset",
     "load_npz",
+    "load_samples",
     "rank_in_class",
+    "read_arrays",
+    "sample_files",
     "save_grid",
     "save_npz",
     "to_uint8",

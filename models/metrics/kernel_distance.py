@@ -41,7 +41,7 @@ def kernel_distance(
     values = []
     for _ in range(subsets):
         a, b = (
-            features.detach().double()[torch.randperm(len(features), generator=generator)[:subset_size]]
+            features.detach()[torch.randperm(len(features), generator=generator)[:subset_size]].double()
             for features in (features_a, features_b)
         )
         values.append(_mean_off_diagonal(a) + _mean_off_diagonal(b) - 2 * _kernel(a, b).mean())

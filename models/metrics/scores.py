@@ -69,7 +69,7 @@ def score_samples(
     if data.holdout is None:
         raise ValueError(
             f"{data.name} holds no images out that samples could be scored against: "
-            "give samples.npz to the ADM evaluator, with a reference batch of the dataset"
+            "for FID pass --inception and --reference to models.evaluate"
         )
     images = images if isinstance(images, Tensor) and images.dtype == torch.uint8 else to_uint8(images)
     samples = from_uint8(images.cpu(), channels=data.channels)

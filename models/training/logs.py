@@ -1,10 +1,17 @@
-"""What a run leaves to read: `metrics.jsonl`, TensorBoard scalars and the loss curve."""
+"""What runs leave to read: `metrics.jsonl`, TensorBoard scalars, loss curves, tables, and what they came from."""
 
+import dataclasses
+import datetime
 import json
+import platform
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from models.files import write_atomically
+from models.training.config import flag
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -64,6 +71,82 @@ def save_loss_curves(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
+
+
+def save_seed_curves(path: Path, panels: Mapping[str, Mapping[str, Sequence[list[dict[str, Any]]]]]) -> None:
+    """A PNG of training errors, a panel per objective: the mean over seeds, and a band from the least to the greatest.
+
+    The error is `mse`, without auxiliary losses. Values above twice a panel's last ones are cut off: every model starts
+    there, and the rest would be flat.
+
+    Args:
+        path: file to write.
+        panels: by the panel's title, by the name that the legend shows: for each seed its records, as `read_metrics`
+            gives them. Of the seeds of one name, records at steps that not all have are left out.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(panels), 4), dpi=120, layout="constrained")
+    for axes, (title, models) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        last = []
+        for name, seeds in models.items():
+            curves = [{record["step"]: record["mse"] for record in records} for records in seeds]
+            steps = sorted(set.intersection(*map(set, curves)))
+            smooth = [_smoothed([curve[step] for step in steps]) for curve in curves]
+            values = list(zip(*smooth, strict=True))
+            (line,) = axes.plot(steps, [sum(seeds) / len(seeds) for seeds in values], label=name)
+            if len(curves) > 1:
+                axes.fill_between(
+                    steps,
+                    list(map(min, values)),
+                    list(map(max, values)),
+                    color=line.get_color(),
+                    alpha=0.2,
+                    linewidth=0,
+                )
+            last.append(values[-1])
+        about = f": mean and range of {len(curves)} seeds" if len(curves) > 1 else ""
+        axes.set(title=f"{title}{about}", xlabel="step", ylabel="mean squared error of the velocity")
+        axes.set_ylim(0.9 * min(map(min, last)), 2 * max(map(max, last)))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path)
+
+
+def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns aligned.
+
+    Raises:
+        ValueError: a row of another length than the heading.
+    """
+    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
+    lines = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in [heading, *rows]]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def command_line(module: str, config: Any, leave_out: Collection[str] = ()) -> str:
+    """The command that gives `config`, a dataclass of options without dictionaries, where it differs from its defaults.
+
+    Args:
+        module: as in `python -m`.
+        leave_out: names of options that do not change the results.
+    """
+    words = [f"python -m {module}"]
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if value != spec.default and spec.name not in leave_out:
+            name = f"--{'no-' if value is False else ''}{flag(spec.name)}"
+            values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+            words += [name, *map(str, values)]
+    return " ".join(words)
+
+
+def machine(device: torch.device) -> str:
+    """Processor, versions and date, to stand beside a figure."""
+    name = f"{platform.machine()} CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name}, {versions}, {datetime.date.today()}"
 
 
 def _smoothed(values: list[float]) -> list[float]:

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from models.data import load_dataset, rank_in_class, to_uint8
-from models.metrics import frechet_distance, nearest_distances, score_samples, share_nearer, train_classifier
+from models.metrics import (
+    frechet_distance,
+    frechet_distance_of_statistics,
+    nearest_distances,
+    score_samples,
+    share_nearer,
+    train_classifier,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +81,87 @@ def test_frechet_distance_with_fewer_rows_than_columns():
 def test_frechet_distance_refuses(a, b, error, message):
     with pytest.raises(error, match=message):
         frechet_distance(a, b)
+
+
+def spread(*eigenvalues, seed=0):
+    """A covariance with these eigenvalues, float64."""
+    basis = torch.linalg.qr(normal(len(eigenvalues), len(eigenvalues), seed=seed)).Q
+    return basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T
+
+
+def between(mean_a, covariance_a, mean_b, covariance_b):
+    means = (torch.tensor(mean, dtype=torch.float64) for mean in (mean_a, mean_b))
+    return frechet_distance_of_statistics(next(means), covariance_a, next(means), covariance_b)
+
+
+def test_frechet_distance_of_statistics_in_closed_forms():
+    eye, covariance = torch.eye(3, dtype=torch.float64), spread(0.5, 2.0, 7.0)
+    assert between([1, 2, 3], covariance, [1, 2, 3], covariance) == pytest.approx(0, abs=1e-12)
+    assert between([1, 2, 3], covariance, [4, 2, -1], covariance) == pytest.approx(25)
+    assert between([0], torch.tensor([[9.0]]), [2], torch.tensor([[4.0]])) == pytest.approx(4 + (3 - 2) ** 2)
+    diagonal = torch.diag(torch.tensor([1.0, 4.0, 25.0], dtype=torch.float64))
+    assert between([0, 0, 0], diagonal, [0, 0, 0], eye) == pytest.approx(0 + 1 + 16)
+    same_basis = spread(2.0, 8.0, 7.0)  # commutes with covariance: the roots' difference, squared
+    expected = (0.5**0.5 - 2**0.5) ** 2 + (2**0.5 - 8**0.5) ** 2
+    assert between([0, 0, 0], covariance, [0, 0, 0], same_basis) == pytest.approx(expected)
+
+
+def test_frechet_distance_of_singular_covariances():
+    zero, line, other = torch.zeros(3, 3), spread(0.0, 0.0, 4.0), spread(0.0, 9.0, 0.0, seed=1)
+    assert between([0, 0, 0], zero, [0, 3, 4], zero) == pytest.approx(25)
+    assert between([0, 0, 0], line, [0, 0, 0], zero) == pytest.approx(4)
+    assert between([0, 0, 0], line, [0, 0, 0], line) == pytest.approx(0, abs=1e-12)
+    # Of rank 1 each, s u u^T and t v v^T: the root's trace is sqrt(s t) |u.v|.
+    u, v = torch.linalg.eigh(line).eigenvectors[:, -1], torch.linalg.eigh(other).eigenvectors[:, -1]
+    assert between([0, 0, 0], line, [0, 0, 0], other) == pytest.approx(4 + 9 - 2 * 6 * (u @ v).abs().item())
+
+
+@pytest.mark.parametrize("rows", [(300, 200), (20, 9)], ids=["of full rank", "fewer rows than columns"])
+def test_frechet_distance_of_statistics_is_that_of_features_and_of_scipy(rows):
+    """SciPy's root of the product, a Schur method; a singular product it can't take without an offset."""
+    linalg = pytest.importorskip("scipy.linalg")
+    width = 24
+    a = normal(rows[0], width) @ normal(width, width, seed=1)
+    b = normal(rows[1], width, seed=2) @ normal(width, width, seed=3) + 0.5
+    statistics = (a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    distance = frechet_distance_of_statistics(*statistics)
+    assert distance == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    offset = 0 if rows[1] > width else 1e-9 * torch.eye(width, dtype=torch.float64)
+    root = linalg.sqrtm(((statistics[1] + offset) @ (statistics[3] + offset)).numpy())
+    traces = statistics[1].trace() + statistics[3].trace() - 2 * root.real.trace()
+    expected = (statistics[0] - statistics[2]).square().sum() + traces
+    assert distance == pytest.approx(expected.item(), rel=1e-9 if rows[1] > width else 1e-4)
+
+
+def test_frechet_distance_takes_rounding_for_what_it_is():
+    """A covariance of rank 3 stored in float32 has eigenvalues below 0, of -1e-9 of the largest."""
+    covariance = (normal(4, 40) @ spread(*[1.0] * 40)).T.cov()
+    rounded = covariance.float()
+    assert torch.linalg.eigvalsh(rounded.double())[0] < -1e-10
+    mean = torch.zeros(40)
+    assert frechet_distance_of_statistics(mean, rounded, mean, covariance) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "message"),
+    [
+        (
+            torch.zeros(3),
+            torch.eye(4),
+            r"mean_b and covariance_b must be \(D,\) and \(D, D\), got shapes \(3,\) and \(4, 4\)",
+        ),
+        (torch.zeros(1, 3), torch.eye(3), r"got shapes \(1, 3\)"),
+        (torch.zeros(4), torch.eye(4), "the same width, got 3 and 4; take both from the same extractor"),
+        (torch.full((3,), math.nan), torch.eye(3), "mean_b holds NaN or infinity"),
+        (torch.zeros(3), torch.eye(3) * math.inf, "covariance_b holds NaN or infinity"),
+        (torch.zeros(3), torch.eye(3) + torch.ones(3, 3).triu(1) * 0.01, "covariance_b must be symmetric, .* by 0.01 "),
+        (torch.zeros(3), torch.diag(torch.tensor([1.0, 2.0, -0.001])), "no negative eigenvalue, got -0.001 beside 2:"),
+        (torch.zeros(3), -torch.eye(3), "no negative eigenvalue, got -1 beside 1:"),
+    ],
+)
+def test_frechet_distance_refuses_statistics_that_are_none(mean, covariance, message):
+    with pytest.raises(ValueError, match=message):
+        frechet_distance_of_statistics(torch.zeros(3), torch.eye(3), mean, covariance)
 
 
 def test_nearest_distances_are_exact_for_copies():

@@ -35,6 +35,16 @@ def test_eight_in_one_go_or_in_several(name, cfg_scale):
         assert torch.equal(parts, whole), batch_size
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parts_of_a_run(name):
+    """As several processes draw them, or one that was stopped."""
+    model, labels = family(name), balanced_labels(11, range(10))
+    whole = sample_images(model, labels, seed=5, steps=2, cfg_scale=1.5)
+    for first, last in ((0, 1), (1, 8), (8, 11)):
+        part = sample_images(model, labels[first:last], seed=5, steps=2, cfg_scale=1.5, first=first)
+        assert torch.equal(part, whole[first:last]), first
+
+
 OTHER_GEOMETRIES = {
     "DiT, odd width": ("DiT-digits", {"hidden_size": 72, "num_heads": 4}),
     "DSMoE, colour": ("DSMoE-digits", {"in_channels": 3, "input_size": 16}),
@@ -64,6 +74,7 @@ def test_ddpm_in_one_go_or_two(name, method):
     whole = sample_images(model, labels, batch_size=8, **arguments)
     assert torch.equal(sample_images(model, labels, batch_size=4, **arguments), whole)
     assert torch.equal(sample_images(model, labels[:3], **arguments), whole[:3])
+    assert torch.equal(sample_images(model, labels[3:], first=3, **arguments), whole[3:])
     assert not torch.equal(sample_images(model, labels, seed=1, **arguments), whole)
 
 

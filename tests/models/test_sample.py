@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from models import create_model
+from models.data import iterate_images, load_samples, sample_files
+from models.metrics import fid_scores, reference_statistics
 from models.sample import balanced_labels, main, sample_images
 from models.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from models.training.loading import load_model
 from models.training.trainer import Trainer
 from tests.models.runs import one_thread, tiny
+from tests.models.tiny_inception import TinyInception
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +82,101 @@ def test_a_single_sample(run, tmp_path):
     assert sample(run, tmp_path, "--num-samples", "1")["arr_0"].shape == (1, 8, 8, 3)
 
 
+def call(run, output, *arguments) -> int:
+    return main(["--checkpoint", str(run), "--output", str(output), "--steps", "2", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """50 samples by one call."""
+    output = tmp_path_factory.mktemp("whole")
+    with one_thread():
+        assert call(run, output, "--num-samples", 50) == 0
+    return output
+
+
+def assert_equal_runs(parts, whole):
+    """The same images and labels, bit by bit, and the same FID to the last digit."""
+    images, labels = load_samples(parts)
+    expected, expected_labels = load_samples(whole)
+    assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+    network = TinyInception()
+    reference = reference_statistics([images.roll(4, 1)], network)
+    folders = (parts, whole)
+    scores = [fid_scores(iterate_images(sample_files(folder), 8), network, reference) for folder in folders]
+    assert scores[0] == scores[1] and scores[0].num_samples == 50 and scores[0].fid > 0.01
+
+
+def test_several_processes_draw_what_one_does(run, whole, tmp_path):
+    """In any order, with their own batch sizes, cut where no class and no batch begins."""
+    calls = [(33, 17, []), (0, 15, ["--batch-size", 6]), (15, 18, ["--part-size", 10])]
+    for first, count, options in calls:
+        assert call(run, tmp_path, "--first", first, "--num-samples", count, "--part-size", count, *options) == 0
+    names = [path.name for path in sample_files(tmp_path)]
+    assert names == ["samples-000000.npz", "samples-000015.npz", "samples-000025.npz", "samples-000033.npz"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"grid.png", "grid-000015.png", "grid-000033.png"}
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_a_call_that_was_stopped_goes_on(run, whole, tmp_path, monkeypatch, capsys):
+    import models.sample
+
+    words, save, written = ("--num-samples", 50, "--part-size", 15), models.sample.save_npz, []
+
+    def save_twice(path, *arguments, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        save(path, *arguments, **options)
+
+    monkeypatch.setattr(models.sample, "save_npz", save_twice)
+    assert call(run, tmp_path, *words) == 130
+    assert "the same command goes on after the last file" in capsys.readouterr().err
+    with monkeypatch.context() as context:
+        context.setattr(
+            models.sample, "save_npz", lambda path, *a, **o: (written.append(path.name), save(path, *a, **o))
+        )
+        assert call(run, tmp_path, *words, "--join", tmp_path / "new" / "all.npz") == 0
+        assert call(run, tmp_path, *words) == 0
+    assert written == [f"samples-{first:06d}.npz" for first in (0, 15, 30, 45)], "each was drawn once"
+    assert "samples-000000.npz to samples-000045.npz" in capsys.readouterr().out
+    assert_equal_runs(tmp_path, whole)
+    with np.load(tmp_path / "new" / "all.npz") as joined, np.load(whole / "samples.npz") as single:
+        assert set(joined) == set(single) and all(np.array_equal(joined[name], single[name]) for name in single)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", 1], "samples-000000.npz was sampled with seed 0, but this run is with 1"),
+        (["--cfg-scale", 3], "with cfg_scale 1.5, but this run is with 3.0"),
+        (["--weights", "model"], "with weights '[0-9a-f]{64}', but this run is with '[0-9a-f]{64}'"),
+        (["--objective-options", "{rtol: 0.5}"], r"with objective \['RectifiedFlow', .*'rtol': 0.001"),
+        (["--unconditional"], "with unconditional False, but this run is with True"),
+        (["--part-size", 5], "holds 4 images, but 5 belong into it: keep --part-size"),
+    ],
+)
+def test_parts_of_another_run_are_not_taken(run, tmp_path, capsys, words, message):
+    assert call(run, tmp_path, "--num-samples", 8, "--part-size", 4) == 0
+    content = (tmp_path / "samples-000000.npz").read_bytes()
+    assert call(run, tmp_path, "--num-samples", 8, "--part-size", 4, *words) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert (tmp_path / "samples-000000.npz").read_bytes() == content
+
+
+def test_parts_of_samples_that_depend_on_their_batch(run, tmp_path, capsys):
+    words = ("--num-samples", 8, "--method", "dopri5", "--steps", "null", "--batch-size", 4)
+    for parts in (["--part-size", 6], ["--part-size", 4, "--first", 2]):
+        assert call(run, tmp_path, *words, *parts) == 2
+        assert "--first and --part-size must be multiples of --batch-size, 4, got" in capsys.readouterr().err
+    pytest.importorskip("torchdiffeq")
+    assert call(run, tmp_path / "parts", *words, "--part-size", 4) == 0
+    assert call(run, tmp_path / "whole", *words) == 0
+    assert torch.equal(load_samples(tmp_path / "parts")[0], load_samples(tmp_path / "whole")[0])
+    assert call(run, tmp_path / "parts", *words[:-1], 2, "--part-size", 4) == 2
+    assert "with batch_size 4, but this run is with 2" in capsys.readouterr().err
+
+
 def test_images_depend_on_seed_and_place_alone(run):
     model, labels = load_model(run), balanced_labels(9, range(10))
     state = torch.get_rng_state()
@@ -110,6 +208,9 @@ def test_balanced_labels():
         (["--classes", "3", "11"], r"labels must be in \[0, 9\].*got \[11\]"),
         (["--classes", "10"], r"labels must be in \[0, 9\].*got \[10\]"),
         (["--classes", "3", "--unconditional"], "classes must be left out with --unconditional"),
+        (["--first", "-1"], "first must be at least 0, got -1"),
+        (["--part-size", "0"], "part_size must be at least 1, got 0: correct --part-size"),
+        (["--join", "all.npz"], "join must be left out without --part-size"),
         (["--num-samples", "0"], "num_samples must be at least 1, got 0: correct --num-samples"),
         (["--model", "DiT-digits"], "is a checkpoint of DSMoE-digits, not of DiT-digits"),
     ],

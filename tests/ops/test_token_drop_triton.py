@@ -11,7 +11,7 @@ from diffmoe_kernels.triton_support import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 if HAS_TRITON:
-    from diffmoe_kernels.ops.token_drop import _library, _select, _triton
+    from diffmoe_kernels.ops.token_drop import _capacity_library, _library, _select, _triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIELDS = ("token_indices", "gates", "group_offsets", "token_offsets", "token_rows")
@@ -201,13 +201,15 @@ def test_opcheck(dtype):
     thresholds = torch.rand(3, device=DEVICE)
     routing = ops.token_drop(scores.detach(), 4)
     maps = routing.group_offsets, routing.token_offsets, routing.token_rows
-    torch.library.opcheck(_library._token_drop, (scores, 2, 2))
-    torch.library.opcheck(_library._token_drop, (scores, 0, 1))
-    torch.library.opcheck(_library._token_drop_predicted, (scores, logits.detach(), thresholds, 6, True))
-    torch.library.opcheck(_library._token_drop_backward, (routing.gates, *maps, dtype))
-    torch.library.opcheck(_library._capacity_loss, (logits, *maps))
-    torch.library.opcheck(_library._capacity_loss_backward, (torch.ones((), device=DEVICE), logits.detach(), *maps))
-    torch.library.opcheck(_library._capacity_quantile, (logits.detach(), 4))
+    torch.library.opcheck(_library._token_drop, (scores, 2, 2, "triton"))
+    torch.library.opcheck(_library._token_drop, (scores, 0, 1, "triton"))
+    torch.library.opcheck(_library._token_drop_predicted, (scores, logits.detach(), thresholds, 6, True, "triton"))
+    torch.library.opcheck(_library._token_drop_backward, (routing.gates, *maps, dtype, "triton"))
+    torch.library.opcheck(_capacity_library._capacity_loss, (logits, *maps))
+    torch.library.opcheck(
+        _capacity_library._capacity_loss_backward, (torch.ones((), device=DEVICE), logits.detach(), *maps)
+    )
+    torch.library.opcheck(_capacity_library._capacity_quantile, (logits.detach(), 4))
 
 
 def test_compiles_whole():

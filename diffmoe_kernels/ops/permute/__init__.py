@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
-from diffmoe_kernels.backend import Backend, Implementation, plain, run
+from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_floating, check_same_device, check_shape
 from diffmoe_kernels.measured import fastest, movement_class
+from diffmoe_kernels.ops.permute._library import permute_on_kernels, unpermute_on_kernels
 from diffmoe_kernels.ops.permute.reference import permute_reference, unpermute_reference
 from diffmoe_kernels.routing import Routing, check_routing
-from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
 
 
 def permute(x: Tensor, routing: Routing, *, backend: Backend = "auto") -> Tensor:
@@ -60,21 +61,21 @@ def unpermute(rows: Tensor, routing: Routing, *, backend: Backend = "auto") -> T
     return run("unpermute", backend, _UNPERMUTE, rows, routing)
 
 
-def _why_not(x: Tensor, routing: Routing) -> str | None:
-    return why_not_triton(x)
-
-
 def _shape_class(x: Tensor, routing: Routing) -> str:
     return movement_class(routing.num_tokens, x.dtype)
 
 
-_PERMUTE = plain(permute_reference)
-_UNPERMUTE = plain(unpermute_reference)
-if HAS_TRITON:
-    from diffmoe_kernels.ops.permute import _library
+def _kernels(op: str, function: Callable[..., Tensor]) -> dict[str, Implementation]:
+    """``function`` takes the backend's name first."""
+    return {
+        backend: Implementation(
+            partial(function, backend),
+            lambda x, routing, why_not=why_not: why_not(x),
+            automatic=fastest(op, backend, _shape_class),
+        )
+        for backend, why_not in KERNEL_BACKENDS.items()
+    }
 
-    def _kernel(op: str, function: Callable[..., Tensor]) -> dict[str, Implementation]:
-        return {"triton": Implementation(function, _why_not, automatic=fastest(op, "triton", _shape_class))}
 
-    _PERMUTE = {**_kernel("permute", _library.permute_triton), **_PERMUTE}
-    _UNPERMUTE = {**_kernel("unpermute", _library.unpermute_triton), **_UNPERMUTE}
+_PERMUTE = {**_kernels("permute", permute_on_kernels), **plain(permute_reference)}
+_UNPERMUTE = {**_kernels("unpermute", unpermute_on_kernels), **plain(unpermute_reference)}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from torch import Tensor
 
-from diffmoe_kernels.backend import Backend, Implementation, plain, run
+from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_integer, check_same_device, check_shape
 from diffmoe_kernels.measured import fastest, tokens_class
+from diffmoe_kernels.ops.router_topk._library import router_topk_on_kernels
 from diffmoe_kernels.ops.router_topk.reference import RouterTopK, router_topk_reference
+from diffmoe_kernels.ops.router_topk.tiles import MAX_EXPERTS
 from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
 
@@ -125,24 +128,27 @@ def check_router(
         )
 
 
-def _why_not(router_logits: Tensor, top_k: int, **options: object) -> str | None:
+def _why_not(backend: str, router_logits: Tensor, top_k: int, **options: object) -> str | None:
     if router_logits.shape[1] > MAX_EXPERTS:
         return f"the kernels take up to {MAX_EXPERTS} experts, not {router_logits.shape[1]}"
-    return why_not_triton(router_logits)
+    return KERNEL_BACKENDS[backend](router_logits)
 
 
 def _shape_class(first: Tensor, *args: object, **options: object) -> str:
     return tokens_class(first.shape[0])
 
 
-_IMPLEMENTATIONS = plain(router_topk_reference)
+_IMPLEMENTATIONS = {
+    backend: Implementation(
+        partial(router_topk_on_kernels, backend),
+        partial(_why_not, backend),
+        fastest("router_topk", backend, _shape_class),
+    )
+    for backend in KERNEL_BACKENDS
+} | plain(router_topk_reference)
 _FROM_TOPK = plain(Routing.from_topk)
 if HAS_TRITON:
-    from diffmoe_kernels.ops.router_topk._library import router_topk_triton, routing_from_topk_triton
-    from diffmoe_kernels.ops.router_topk._triton import MAX_EXPERTS
-
-    _KERNEL = Implementation(router_topk_triton, _why_not, fastest("router_topk", "triton", _shape_class))
-    _IMPLEMENTATIONS = {"triton": _KERNEL, **_IMPLEMENTATIONS}
+    from diffmoe_kernels.ops.router_topk._from_topk_library import routing_from_topk_triton
 
     def _why_not_from_topk(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> str | None:
         return why_not_triton(topk_weights)

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.ops.router_topk._triton import BLOCK_T, rank_in_list, scan
+from diffmoe_kernels.ops.router_topk._triton import rank_in_list, scan
+from diffmoe_kernels.ops.router_topk.outputs import maps_like
+from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T
 from diffmoe_kernels.triton_support import next_power_of_2
 
 BLOCK = BLOCK_T  # slots, a bit of a mask each
@@ -126,18 +128,6 @@ def _place_slots_backward_kernel(
     rows = tl.load(token_rows + places, mask=kept, other=0)
     grad = tl.load(grad_gates + rows, mask=kept, other=0.0)
     tl.store(grad_weights + slots, grad.to(grad_weights.dtype.element_ty), mask=mask)
-
-
-def maps_like(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `sort_choices` returns, uninitialised."""
-    num_tokens, top_k = topk_ids.shape
-    return (
-        topk_ids.new_empty(num_tokens * top_k, dtype=torch.float32),
-        topk_ids.new_empty(num_tokens * top_k, dtype=torch.int32),
-        topk_ids.new_empty(num_experts, dtype=torch.int32),
-        topk_ids.new_empty(num_tokens + 1, dtype=torch.int32),
-        topk_ids.new_empty(num_tokens * top_k, dtype=torch.int32),
-    )
 
 
 def sort_choices(

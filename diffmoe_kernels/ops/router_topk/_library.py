@@ -1,16 +1,18 @@
-"""The differentiable operators around the kernels of `router_topk` and `routing_from_topk`."""
+"""`router_topk` on the kernels as a torch operator with its gradient; ``backend`` names whose kernels."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator
-from diffmoe_kernels.ops.router_topk._from_topk import maps_like, sort_choices, sort_choices_backward
-from diffmoe_kernels.ops.router_topk._triton import outputs_of, route
-from diffmoe_kernels.ops.router_topk._triton_backward import route_backward
+from diffmoe_kernels.operator import launchers, operator
+from diffmoe_kernels.ops.router_topk.outputs import outputs_of
 from diffmoe_kernels.ops.router_topk.reference import RouterTopK
 from diffmoe_kernels.routing import Routing
+
+kernels = functools.partial(launchers, "router_topk")
 
 
 @operator("router_topk")
@@ -24,8 +26,9 @@ def _router_topk(
     masked_group_fill: float,
     normalize: bool,
     scaling_factor: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return route(
+    return kernels(backend).route(
         router_logits,
         expert_bias,
         top_k,
@@ -55,36 +58,39 @@ def _router_topk_backward(
     normalize: bool,
     scaling_factor: float,
     dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     grads = (None if grad is None else grad.contiguous() for grad in (grad_weights, grad_scores, grad_gates))
-    return route_backward(*grads, scores, topk_ids, token_rows, softmax, normalize, scaling_factor, dtype)
+    rest = scores, topk_ids, token_rows, softmax, normalize, scaling_factor, dtype
+    return kernels(backend).route_backward(*grads, *rest)
 
 
 @_router_topk_backward.register_fake
-def _(grad_weights, grad_scores, grad_gates, scores, topk_ids, token_rows, softmax, normalize, scaling_factor, dtype):
-    return torch.empty_like(scores, dtype=dtype)
+def _(grad_weights, grad_scores, grad_gates, scores, *others):
+    return torch.empty_like(scores, dtype=others[-2])
 
 
 def _save(ctx, inputs, output):
-    router_logits, _, _, softmax, _, _, _, normalize, scaling_factor = inputs
+    router_logits, _, _, softmax, _, _, _, normalize, scaling_factor, backend = inputs
     _, scores, _, topk_ids, *_, token_rows = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(scores, topk_ids, token_rows)
-    ctx.options = softmax, normalize, scaling_factor, router_logits.dtype
+    ctx.options = softmax, normalize, scaling_factor, router_logits.dtype, backend
 
 
 def _backward(ctx, *grads):
     grad_logits = None
     if any(grad is not None for grad in grads[:3]):
         grad_logits = _router_topk_backward(*grads[:3], *ctx.saved_tensors, *ctx.options)
-    return grad_logits, *(None,) * 8
+    return grad_logits, *(None,) * 9
 
 
 _router_topk.register_autograd(_backward, setup_context=_save)
 
 
-def router_topk_triton(
+def router_topk_on_kernels(
+    backend: str,
     router_logits: Tensor,
     top_k: int,
     *,
@@ -106,56 +112,6 @@ def router_topk_triton(
         masked_group_fill,
         normalize_weights,
         scaling_factor,
+        backend,
     )
     return RouterTopK(Routing(token_indices, gates, *maps), topk_ids, topk_weights, scores)
-
-
-@operator("routing_from_topk")
-def _routing_from_topk(
-    topk_weights: Tensor, topk_ids: Tensor, num_experts: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return sort_choices(topk_ids, topk_weights, num_experts)
-
-
-@_routing_from_topk.register_fake
-def _(topk_weights, topk_ids, num_experts):
-    return maps_like(topk_ids, num_experts)
-
-
-@operator("routing_from_topk_backward")
-def _routing_from_topk_backward(
-    grad_gates: Tensor,
-    topk_ids: Tensor,
-    token_offsets: Tensor,
-    token_rows: Tensor,
-    num_experts: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return sort_choices_backward(grad_gates.contiguous(), topk_ids, token_offsets, token_rows, num_experts, dtype)
-
-
-@_routing_from_topk_backward.register_fake
-def _(grad_gates, topk_ids, token_offsets, token_rows, num_experts, dtype):
-    return torch.empty_like(topk_ids, dtype=dtype)
-
-
-def _save_choices(ctx, inputs, output):
-    topk_weights, topk_ids, num_experts = inputs
-    _, *maps = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*maps)
-    ctx.save_for_backward(topk_ids, *maps[2:])
-    ctx.options = num_experts, topk_weights.dtype
-
-
-def _backward_of_choices(ctx, grad_gates, *others):
-    grad = None if grad_gates is None else _routing_from_topk_backward(grad_gates, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None
-
-
-_routing_from_topk.register_autograd(_backward_of_choices, setup_context=_save_choices)
-
-
-def routing_from_topk_triton(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Routing:
-    gates, token_indices, *maps = _routing_from_topk(topk_weights.contiguous(), topk_ids.contiguous(), num_experts)
-    return Routing(token_indices, gates, *maps)

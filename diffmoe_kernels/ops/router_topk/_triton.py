@@ -14,17 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffmoe_kernels.ops.router_topk._triton_backward import route_backward
+from diffmoe_kernels.ops.router_topk.outputs import outputs_of
+from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T, NARROW, PLACE_T, SCAN, TILE
 from diffmoe_kernels.triton_support import next_power_of_2
 
-MAX_EXPERTS = 256
-BLOCK_T = 32  # a bit of a mask each, and a lane of a warp
-# A program of the wide kernels is one warp. Its tiles are (groups, 16-byte runs of a group, tokens, experts of a run):
-# Triton spreads those over lanes by token first, so that up to E = 64 a thread holds one token's experts and a row's
-# maximum takes no shuffle. At T = 65536, E = 48 that is 15 warps an SM, all resident.
-NARROW = 64
-TILE = 1024  # of wider rows, and in the backward, which holds two tiles: 32 elements a thread
-SCAN = 4096  # blocks a step: one step up to T = 131072
-PLACE_T = 128  # tokens of a program of `_place_kernel`: 512 programs at T = 65536
+__all__ = ["rank_in_list", "route", "route_backward", "scan"]
 
 _LOWEST = tl.constexpr(-(2**31))  # below the key of every float32
 _HIGHEST = tl.constexpr(2**31 - 1)
@@ -238,28 +233,6 @@ def scan(masks: Tensor) -> tuple[Tensor, Tensor]:
     begins, totals = torch.empty_like(masks), masks.new_empty(num_lists)
     _scan_kernel[(num_lists,)](masks, begins, totals, num_blocks, min(next_power_of_2(num_blocks), SCAN), num_warps=8)
     return begins, totals
-
-
-def outputs_of(router_logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
-    """What `route` returns, uninitialised."""
-    num_tokens, num_experts = router_logits.shape
-
-    def integers(*shape: int) -> Tensor:
-        return router_logits.new_empty(shape, dtype=torch.int32)
-
-    def floats(*shape: int) -> Tensor:
-        return router_logits.new_empty(shape, dtype=torch.float32)
-
-    return (
-        floats(num_tokens, top_k),
-        floats(num_tokens, num_experts),
-        floats(num_tokens * top_k),
-        integers(num_tokens, top_k),
-        integers(num_tokens * top_k),
-        integers(num_experts),
-        integers(num_tokens + 1),
-        integers(num_tokens * top_k),
-    )
 
 
 def route(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.ops.router_topk._triton import BLOCK_T, TILE
+from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T, TILE
 from diffmoe_kernels.triton_support import next_power_of_2
 
 

@@ -8,13 +8,19 @@ same bound for token choice (`token_choice_drop`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from diffmoe_kernels.backend import Backend, Implementation, plain, run
+from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, plain, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_integer, check_same_device, check_shape
 from diffmoe_kernels.measured import fastest, tokens_class
+from diffmoe_kernels.ops.token_drop._library import (
+    token_choice_drop_on_kernels,
+    token_drop_on_kernels,
+    token_drop_predicted_on_kernels,
+)
 from diffmoe_kernels.ops.token_drop.reference import (
     capacity_loss_reference,
     capacity_quantile_reference,
@@ -23,9 +29,10 @@ from diffmoe_kernels.ops.token_drop.reference import (
     token_drop_reference,
 )
 from diffmoe_kernels.routing import Routing, check_routing
-from diffmoe_kernels.triton_support import HAS_TRITON, why_not_triton
+from diffmoe_kernels.triton_support import HAS_TRITON
 
 RULES = ("pool", "token")
+MAX_EXPERTS = 256  # of the CUDA kernels
 
 
 def token_drop(
@@ -191,34 +198,52 @@ def _shape_class(first: Tensor, *args: object) -> str:
     return tokens_class(first.shape[0])
 
 
-_TOKEN_DROP = plain(token_drop_reference)
-_PREDICTED = plain(token_drop_predicted_reference)
-_TOKEN_CHOICE = plain(token_choice_drop_reference)
+def _why_not(backend: str, *tensors: Tensor, num_experts: int = 0) -> str | None:
+    """The tensors are those that the kernels read as numbers."""
+    if backend == "cuda" and num_experts > MAX_EXPERTS:
+        return f"the kernels take up to {MAX_EXPERTS} experts, not {num_experts}"
+    return next(filter(None, map(KERNEL_BACKENDS[backend], tensors)), None)
+
+
+def _why_not_drop(backend: str, scores: Tensor, *others: object) -> str | None:
+    return _why_not(backend, scores, num_experts=scores.shape[1])
+
+
+def _why_not_predicted(backend: str, scores: Tensor, logits: Tensor, thresholds: Tensor, *others: object) -> str | None:
+    return _why_not(backend, scores, logits, thresholds, num_experts=scores.shape[1])
+
+
+def _why_not_choice(backend: str, topk_ids: Tensor, drop_scores: Tensor, *others: object) -> str | None:
+    return _why_not(backend, drop_scores)
+
+
+def _kernels(op: str, function: Callable[..., Any], why_not: Callable[..., str | None]) -> dict[str, Implementation]:
+    """Both functions take the backend's name first."""
+    return {
+        backend: Implementation(
+            partial(function, backend), partial(why_not, backend), fastest(op, backend, _shape_class)
+        )
+        for backend in KERNEL_BACKENDS
+    }
+
+
+_TOKEN_DROP = _kernels("token_drop", token_drop_on_kernels, _why_not_drop) | plain(token_drop_reference)
+_PREDICTED = _kernels("token_drop_predicted", token_drop_predicted_on_kernels, _why_not_predicted) | plain(
+    token_drop_predicted_reference
+)
+_TOKEN_CHOICE = _kernels("token_choice_drop", token_choice_drop_on_kernels, _why_not_choice) | plain(
+    token_choice_drop_reference
+)
 _CAPACITY_LOSS = plain(capacity_loss_reference)
 _CAPACITY_QUANTILE = plain(capacity_quantile_reference)
 if HAS_TRITON:
-    from diffmoe_kernels.ops.token_drop import _library
+    from diffmoe_kernels.ops.token_drop._capacity_library import capacity_loss_triton, capacity_quantile_triton
 
-    def _why_not(scores: Tensor, *others: object) -> str | None:
-        return why_not_triton(scores)
+    def _in_triton(op: str, function: Callable[..., Any]) -> dict[str, Implementation]:
+        why_not = partial(_why_not, "triton")
+        return {
+            "triton": Implementation(function, lambda logits, _: why_not(logits), fastest(op, "triton", _shape_class))
+        }
 
-    def _why_not_predicted(scores: Tensor, logits: Tensor, thresholds: Tensor, *others: object) -> str | None:
-        return why_not_triton(scores) or why_not_triton(logits) or why_not_triton(thresholds)
-
-    def _why_not_choice(topk_ids: Tensor, drop_scores: Tensor, *others: object) -> str | None:
-        return why_not_triton(drop_scores)
-
-    def _with_kernel(
-        op: str, table: dict[str, Implementation], function: Callable[..., Any], why_not: Callable[..., str | None]
-    ) -> dict[str, Implementation]:
-        return {"triton": Implementation(function, why_not, fastest(op, "triton", _shape_class)), **table}
-
-    _TOKEN_DROP = _with_kernel("token_drop", _TOKEN_DROP, _library.token_drop_triton, _why_not)
-    _PREDICTED = _with_kernel(
-        "token_drop_predicted", _PREDICTED, _library.token_drop_predicted_triton, _why_not_predicted
-    )
-    _TOKEN_CHOICE = _with_kernel("token_choice_drop", _TOKEN_CHOICE, _library.token_choice_drop_triton, _why_not_choice)
-    _CAPACITY_LOSS = _with_kernel("capacity_loss", _CAPACITY_LOSS, _library.capacity_loss_triton, _why_not)
-    _CAPACITY_QUANTILE = _with_kernel(
-        "capacity_quantile", _CAPACITY_QUANTILE, _library.capacity_quantile_triton, _why_not
-    )
+    _CAPACITY_LOSS = _in_triton("capacity_loss", capacity_loss_triton) | _CAPACITY_LOSS
+    _CAPACITY_QUANTILE = _in_triton("capacity_quantile", capacity_quantile_triton) | _CAPACITY_QUANTILE

@@ -11,7 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffmoe_kernels.ops.token_drop._choice import drop_choices
 from diffmoe_kernels.ops.token_drop._select import TILE, load_keys, select, tile_of
+from diffmoe_kernels.ops.token_drop.outputs import routing_of
+
+__all__ = ["drop_choices", "route", "spread_gates"]
 
 
 # scores, logits (T, E), thresholds (E,), cut, ties (P, E), wanted (E,), counts (P, B, E)
@@ -179,13 +183,7 @@ def route(
     predicted = logits is not None
     nothing = num_tokens == 0 or (num_rows == 0 and not predicted)
     make = scores.new_zeros if nothing else scores.new_empty
-    routing = (
-        make(num_rows, dtype=torch.float32),
-        make(num_rows, dtype=torch.int32),
-        make(num_experts, dtype=torch.int32),
-        make(num_tokens + 1, dtype=torch.int32),
-        make(num_rows, dtype=torch.int32),
-    )
+    routing = routing_of(make, num_rows, num_tokens, num_experts)
     if predicted:
         routing = *routing, make((), dtype=torch.int64)
     if nothing:

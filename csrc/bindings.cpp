@@ -1,0 +1,33 @@
+// The extension's table of contents. Tensors come as addresses (`tensor.data_ptr()`, 0 for None), the stream as torch
+// gives it (`torch.cuda.current_stream().cuda_stream`): no torch header, so one build serves every version of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Kernels of diffmoe_kernels in CUDA C++.";
+#ifdef DIFFMOE_ON_CPU
+  module.attr("on_cpu") = true;
+  module.def("set_thread_order", &on_cpu::set_thread_order);
+  module.def("take_launched", &on_cpu::take_launched);
+#else
+  module.attr("on_cpu") = false;
+#endif
+  module.def("why_no_device", &diffmoe::why_no_device);
+
+  module.def("gather", &diffmoe::gather);
+  module.def("gather_sum", &diffmoe::gather_sum);
+  module.def("unpermute_backward", &diffmoe::unpermute_backward);
+
+  module.def("router_chunks", &diffmoe::router_chunks);
+  module.def("router_topk", &diffmoe::router_topk);
+  module.def("router_topk_backward", &diffmoe::router_topk_backward);
+
+  module.def("token_drop_chunks", &diffmoe::token_drop_chunks);
+  module.def("token_drop", &diffmoe::token_drop);
+  module.def("spread_gates", &diffmoe::spread_gates);
+  module.def("drop_choices", &diffmoe::drop_choices);
+}

@@ -1,0 +1,288 @@
+// Runs CUDA kernels on a CPU, to test their logic: blocks one after another, a block's threads as fibers that pass the
+// processor on where they wait for each other. A barrier that some threads never reach, or a warp that meets different
+// calls, raises. The order of threads and blocks can be shuffled: with a barrier missing, results then differ.
+// Included before all else where sources are compiled as C++20.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+#define __shared__ static  // one block at a time, so that static storage is the block's
+
+using std::max, std::min;
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace on_cpu {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 64 << 10;
+
+enum class State { kReady, kAtBlockBarrier, kInWarp, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  State state;
+  unsigned mask;      // of the warp call that it waits in
+  const char* call;   // its name
+  uint64_t value;     // what it brings there
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  ucontext_t scheduler;
+  int current = 0;
+  int threads = 0;
+  std::function<void()> kernel;
+  std::exception_ptr error;
+  std::vector<uint64_t> met;  // by thread, what it brought to its warp's last call
+};
+
+inline Block block;
+inline std::vector<std::string> launched;
+inline int order_seed = 0;
+
+// 0: in order, -1: backwards, else shuffled by it.
+inline void set_thread_order(int seed) { order_seed = seed; }
+
+inline std::vector<int> order_of(int count, int salt) {
+  std::vector<int> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (order_seed < 0) std::reverse(order.begin(), order.end());
+  if (order_seed > 0) {
+    std::mt19937 generator(order_seed * 7919 + salt);
+    std::shuffle(order.begin(), order.end(), generator);
+  }
+  return order;
+}
+
+inline Fiber& self() { return block.fibers[block.current]; }
+
+inline void wait(State state) {
+  self().state = state;
+  swapcontext(&self().context, &block.scheduler);
+}
+
+inline void enter() {
+  try {
+    block.kernel();
+  } catch (...) {
+    block.error = std::current_exception();
+  }
+  self().state = State::kDone;
+  swapcontext(&self().context, &block.scheduler);
+}
+
+// Lets those go on that all have come; true where any may.
+inline bool release() {
+  bool any = false;
+  for (int warp = 0; warp < block.threads; warp += kWarp) {
+    const int end = std::min(warp + kWarp, block.threads);
+    for (int thread = warp; thread < end; ++thread) {
+      Fiber& first = block.fibers[thread];
+      if (first.state != State::kInWarp) continue;
+      bool all = true;
+      for (int lane = 0; lane < kWarp; ++lane) {
+        if (!(first.mask >> lane & 1)) continue;
+        if (warp + lane >= end) throw std::logic_error(std::string(first.call) + ": its mask names lanes that are not there");
+        const Fiber& other = block.fibers[warp + lane];
+        if (other.state == State::kDone) throw std::logic_error(std::string(first.call) + ": a lane of its mask has ended");
+        if (other.state != State::kInWarp) {
+          all = false;
+        } else if (other.mask != first.mask || std::strcmp(other.call, first.call) != 0) {
+          throw std::logic_error(std::string(first.call) + ": a lane of its mask is in " + other.call);
+        }
+      }
+      if (!all) continue;
+      for (int lane = 0; lane < kWarp; ++lane) {
+        if (!(first.mask >> lane & 1)) continue;
+        Fiber& other = block.fibers[warp + lane];
+        block.met[warp + lane] = other.value;
+        other.state = State::kReady;
+      }
+      any = true;
+    }
+  }
+  const auto waits = [](const Fiber& fiber) { return fiber.state == State::kAtBlockBarrier; };
+  const auto ended = [](const Fiber& fiber) { return fiber.state == State::kDone; };
+  const auto begin = block.fibers.begin(), end = begin + block.threads;
+  if (!any && std::any_of(begin, end, waits) && std::all_of(begin, end, [&](const Fiber& f) { return waits(f) || ended(f); })) {
+    std::for_each(begin, end, [&](Fiber& fiber) { if (waits(fiber)) fiber.state = State::kReady; });
+    any = true;
+  }
+  return any;
+}
+
+inline void run_block(int index, int threads) {
+  blockIdx.x = index;
+  for (int thread = 0; thread < threads; ++thread) {
+    Fiber& fiber = block.fibers[thread];
+    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {fiber.stack.get(), 0, kStack};
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+    fiber.state = State::kReady;
+  }
+  const std::vector<int> order = order_of(threads, index);
+  for (;;) {
+    bool ran = false;
+    for (const int thread : order) {
+      while (block.fibers[thread].state == State::kReady) {
+        block.current = thread;
+        threadIdx.x = thread;
+        swapcontext(&block.scheduler, &block.fibers[thread].context);
+        if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
+        ran = true;
+      }
+    }
+    const bool done = std::all_of(block.fibers.begin(), block.fibers.begin() + threads, [](const Fiber& fiber) { return fiber.state == State::kDone; });
+    if (done) return;
+    if (!release() && !ran) throw std::logic_error("threads wait for others that never come");
+  }
+}
+
+// The names of the kernels launched since it was asked last.
+inline std::vector<std::string> take_launched() { return std::exchange(launched, {}); }
+
+template <class Kernel>
+void run(const char* name, int64_t grid, int threads, Kernel kernel) {
+  launched.emplace_back(name);
+  block.kernel = kernel;
+  block.threads = threads;
+  block.met.assign(threads, 0);
+  if (static_cast<int>(block.fibers.size()) < threads) block.fibers = std::vector<Fiber>(threads);
+  blockDim.x = threads;
+  gridDim.x = grid;
+  for (const int index : order_of(grid, -1)) run_block(index, threads);
+}
+
+// Meets the lanes of the mask; returns what each of the warp's 32 brought.
+template <class T>
+const uint64_t* meet(const char* call, unsigned mask, T value) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  if (!(mask >> (block.current % kWarp) & 1)) throw std::logic_error(std::string(call) + ": the caller is not in its mask");
+  Fiber& fiber = self();
+  fiber.value = 0;
+  std::memcpy(&fiber.value, &value, sizeof(T));
+  fiber.mask = mask;
+  fiber.call = call;
+  const int warp = block.current / kWarp * kWarp;
+  wait(State::kInWarp);
+  return &block.met[warp];
+}
+
+template <class T>
+T as(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace on_cpu
+
+inline void __syncthreads() { on_cpu::wait(on_cpu::State::kAtBlockBarrier); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { on_cpu::meet("__syncwarp", mask, 0); }
+inline void __threadfence() {}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return on_cpu::as<T>(on_cpu::meet("__shfl_sync", mask, value)[lane % 32]);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  const int own = threadIdx.x % 32;
+  return on_cpu::as<T>(on_cpu::meet("__shfl_xor_sync", mask, value)[own ^ lanes]);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned lanes) {
+  const unsigned own = threadIdx.x % 32;
+  return on_cpu::as<T>(on_cpu::meet("__shfl_up_sync", mask, value)[own < lanes ? own : own - lanes]);
+}
+inline unsigned __ballot_sync(unsigned mask, bool holds) {
+  const uint64_t* votes = on_cpu::meet("__ballot_sync", mask, holds);
+  unsigned found = 0;
+  for (int lane = 0; lane < 32; ++lane) found |= (mask >> lane & 1 && votes[lane]) ? 1u << lane : 0u;
+  return found;
+}
+inline bool __any_sync(unsigned mask, bool holds) { return __ballot_sync(mask, holds) != 0; }
+template <class T, class Combine>
+T reduce_on_cpu(const char* call, unsigned mask, T value, Combine combine) {
+  const uint64_t* values = on_cpu::meet(call, mask, value);
+  for (int lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) value = combine(value, on_cpu::as<T>(values[lane]));
+  }
+  return value;
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return reduce_on_cpu("__reduce_max_sync", mask, value, [](unsigned a, unsigned b) { return std::max(a, b); });
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  return reduce_on_cpu("__reduce_min_sync", mask, value, [](unsigned a, unsigned b) { return std::min(a, b); });
+}
+
+template <class T>
+T atomicAdd(T* place, T value) {
+  const T old = *place;
+  *place = old + value;
+  return old;
+}
+template <class T>
+T atomicOr(T* place, T value) {
+  const T old = *place;
+  *place = old | value;
+  return old;
+}
+
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __ffs(unsigned bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
+inline int __clz(unsigned bits) { return std::countl_zero(bits); }
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+inline int32_t __float_as_int(float value) { return std::bit_cast<int32_t>(value); }
+inline float __int_as_float(int32_t bits) { return std::bit_cast<float>(bits); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+template <class T>
+T __ldg(const T* place) { return *place; }
+
+using __half = _Float16;
+inline __half __ushort_as_half(uint16_t bits) { return std::bit_cast<__half>(bits); }
+inline uint16_t __half_as_ushort(__half value) { return std::bit_cast<uint16_t>(value); }
+inline float __half2float(__half value) { return static_cast<float>(value); }
+inline __half __float2half_rn(float value) { return static_cast<__half>(value); }
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if (value != value) return {static_cast<uint16_t>(0x7fff)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}

@@ -1,0 +1,391 @@
+"""The comparison of mixtures with dense models: what it concludes, what it trains and does not train again."""
+
+import functools
+import json
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import fid_parity
+from benchmarks.fid_parity import ParityConfig, dense_counterpart, main
+from benchmarks.parity import runs as parity_runs
+from benchmarks.parity import scoring
+from benchmarks.parity.report import ModelResult, SeedResult, comparisons, format_report
+from benchmarks.parity.runs import Run, RunError, carry_out_all
+from benchmarks.parity.scoring import Score
+from benchmarks.parity.statistics import compare, spread
+from models import list_models
+from models.data import load_dataset, load_npz
+from models.data.latents import encode_folder
+from models.metrics import FidScores, train_classifier
+from models.sample import SampleConfig, sample_to_files
+from models.training.checkpoints import list_checkpoints
+from models.training.trainer import Trainer, TrainResult
+from tests.models.helpers import save_vae
+from tests.models.runs import tiny
+
+PAIR = ["DiT-digits", "DSMoE-digits"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_classifier():
+    """Trained once for all tests, it takes seconds."""
+    classifier = functools.cache(lambda: train_classifier(load_dataset("digits")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "train_classifier", lambda data: classifier())
+        yield
+
+
+def test_the_interval_is_welchs():
+    ttest = pytest.importorskip("scipy.stats").ttest_ind
+    for a, b in [([1.0, 1.2, 0.9], [0.5, 0.6, 0.9]), ([3.0, 3.1], [2.0, 2.4, 2.2, 2.1])]:
+        expected = ttest(a, b, equal_var=False).confidence_interval(0.95)
+        found = compare(a, b)
+        assert found.difference == pytest.approx(np.mean(a) - np.mean(b))
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+        assert found.standard_error == pytest.approx(math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)))
+
+
+@pytest.mark.parametrize(
+    ("values", "baseline", "verdict"),
+    [
+        ([0.70, 0.75, 0.80], [0.72, 0.78, 0.76], "level"),
+        ([0.50, 0.52, 0.51], [0.72, 0.73, 0.74], "better"),
+        ([0.72, 0.73, 0.74], [0.50, 0.52, 0.51], "worse"),
+        ([0.5, 0.5], [0.5, 0.5], "level"),
+        ([0.4, 0.4], [0.5, 0.5], "better"),
+    ],
+)
+def test_verdicts(values, baseline, verdict):
+    assert compare(values, baseline).verdict == verdict
+
+
+def test_three_seeds_tell_no_small_difference():
+    """Between means one standard deviation apart no three seeds decide."""
+    found = compare([0.9, 1.0, 1.1], [1.0, 1.1, 1.2])
+    assert found.verdict == "level" and found.resolution == pytest.approx(2.776 * 0.1 * math.sqrt(2 / 3), rel=1e-3)
+
+
+def test_one_seed_has_no_spread():
+    assert compare([0.5], [0.6, 0.7]) is None and compare([0.5, 0.6], []) is None
+    assert spread([0.5]) is None and spread([0.5, 0.7]) == pytest.approx(0.1 * math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "dense"),
+    [
+        ("DSMoE-digits", "DiT-digits"),
+        ("JiTMoE-digits", "JiT-digits"),
+        ("DSMoE-L-E48", "DiT-L/2"),
+        ("DiffMoE-L-E8", "DiT-L/2"),
+        ("EC-DiT-S-E16", "DiT-S/2"),
+        ("TC-DiT-digits", "DiT-digits"),
+        ("JiTMoE-B/16-E16", "JiT-B/16"),
+        ("DiT-XL/2", None),
+        ("JiT-L/16", None),
+    ],
+)
+def test_dense_counterparts(name, dense):
+    assert dense_counterpart(name) == dense
+
+
+def test_every_mixture_but_the_largest_has_a_counterpart():
+    for name in set(list_models()) - {"DSMoE-3B-E16"}:
+        assert dense_counterpart(name) in (None, *list_models())
+    with pytest.raises(ValueError, match="DSMoE-3B-E16 has no dense counterpart"):
+        dense_counterpart("DSMoE-3B-E16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ["DSMoE-digits"]}, "models must be complete: with DiT-digits, which DSMoE-digits is"),
+        ({"models": ["DSMoE-digit"]}, "did you mean 'DSMoE-digits'"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0: correct --seeds"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"jobs": 0}, "jobs must be at least 1"),
+        ({"num_samples": 100}, "num_samples must be 500 for the digits, got 100"),
+        ({"inception": "file.pth", "reference": "file.npz"}, "inception must be left out for the digits"),
+        ({"data": "latents", "inception": "file.pth"}, "reference must be given, FID needs both files"),
+        ({"data": "latents", "reference": "file.npz"}, "inception must be given, FID needs both files"),
+    ],
+)
+def test_options_that_can_not_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        ParityConfig(**options)
+
+
+def test_defaults_are_those_of_the_data():
+    digits, latents = ParityConfig(), ParityConfig(data="latents", steps=5)
+    assert (digits.seeds, digits.batch_size, digits.num_samples) == (3, 64, 500)
+    assert len(digits.models) == 5 and digits.cfg_scale == 1.0
+    assert latents.models == ["DiT-L/2", "DSMoE-L-E16", "DSMoE-L-E48", "DiffMoE-L-E16"]
+    assert (latents.steps, latents.batch_size, latents.num_samples, latents.cfg_scale) == (5, 256, 50_000, 1.0)
+    assert digits.command() == "python -m benchmarks.fid_parity"
+    assert latents.command() == "python -m benchmarks.fid_parity --data latents --steps 5"
+
+
+def result(model, distances, **score):
+    seeds = [SeedResult(seed, 0.4 + 0.1 * seed, Score(distance, **score)) for seed, distance in enumerate(distances)]
+    return ModelResult(model, dense_counterpart(model), 1_000_000, 2_000_000, 30, tuple(seeds))
+
+
+DIGITS_SCORE = {"floor": 0.37, "kid": 0.01, "kid_error": 0.12, "kid_floor": -0.03, "share_nearer": 0.45}
+
+
+def test_the_report_of_digits():
+    dense = result("DiT-digits", [0.70, 0.72, 0.74], **DIGITS_SCORE)
+    moe = result("DSMoE-digits", [0.50, 0.51, 0.52], **DIGITS_SCORE)
+    lines = format_report([dense, moe], "digits-FD").splitlines()
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == [
+        *("DSMoE-digits", "1.00 M", "2.00 M", "30", "3", "0.5000 ± 0.1000", "0.51 ± 0.01"),
+        *("0.37", "0.010 ± 0.120", "-0.030", "45%"),
+    ]
+    (verdict,) = (line for line in lines if line.startswith("- "))
+    assert verdict.startswith("- DSMoE-digits against DiT-digits: **better**, beyond the spread of the seeds.")
+    assert "mean digits-FD differs by -0.21, standard error 0.01, 95% interval -0.2" in verdict
+    assert comparisons([dense, moe])["DSMoE-digits"].difference == pytest.approx(-0.21)
+
+
+def test_a_report_of_level_models_says_what_would_have_shown():
+    report = format_report(
+        [result("DiT-digits", [0.7, 0.8], **DIGITS_SCORE), result("DSMoE-digits", [0.75, 0.8], **DIGITS_SCORE)],
+        "digits-FD",
+    )
+    assert "**level**, within the spread of the seeds" in report
+    assert "from 2 seeds a difference below 0." in report
+
+
+def test_one_seed_gets_no_verdict():
+    report = format_report([result(name, [0.7], **DIGITS_SCORE) for name in PAIR], "digits-FD")
+    assert "DSMoE-digits against DiT-digits: no verdict. digits-FD differs by +0.00" in report and "±" in report
+    assert "| 0.70      |" in report
+
+
+def test_the_report_of_fid_has_the_published_figures_beside_what_was_not_measured():
+    results = [result("DiT-L/2", [None]), result("DSMoE-L-E16", [None])]
+    report = format_report(results, "FID-50K")
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in report.splitlines()[2:8]
+    }
+    assert rows["DSMoE-L-E16"][-3:] == ["not measured", "not measured", "9.80"]
+    assert rows["DSMoE-L-E48"][-3:] == ["not measured", "not measured", "9.19"]
+    assert rows["DiffMoE-L-E16"][-1] == "11.16" and rows["DiT-L/2"][-1] == ""
+    assert rows["JiT-B/16"][-1] == "4.81" and rows["JiTMoE-B/16-E16"][-1] == "4.23"
+    assert "DSMoE-L-E16 against DiT-L/2: not measured." in report
+    measured = format_report([result("DiT-L/2", [12.0], inception_score=90.5)], "FID-50K")
+    assert "12.00" in measured and "90.5" in measured
+
+
+QUICK = ["--steps", "2", "--sample-steps", "1", "--batch-size", "16", "--jobs", "1", "--models", *PAIR]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two models, two seeds, two steps."""
+    output = tmp_path_factory.mktemp("parity") / "run"
+    assert main(["--output", str(output), "--seeds", "2", *QUICK]) == 0
+    return output
+
+
+def test_a_comparison_leaves_table_numbers_and_pictures(compared):
+    report, record = (compared / "parity.md").read_text(), json.loads((compared / "parity.json").read_text())
+    assert "DSMoE-digits against DiT-digits: **" in report
+    assert "`python -m benchmarks.fid_parity --models DiT-digits DSMoE-digits --seeds 2 --steps 2" in report
+    assert [model["model"] for model in record["models"]] == PAIR and record["distance"] == "digits-FD"
+    for model in record["models"]:
+        assert model["steps"] == 2 and [one["seed"] for one in model["seeds"]] == [0, 1]
+        assert all(one["score"]["distance"] > one["score"]["floor"] > 0 for one in model["seeds"])
+    distances = [[one["score"]["distance"] for one in model["seeds"]] for model in record["models"]]
+    assert record["comparisons"]["DSMoE-digits"]["difference"] == pytest.approx(
+        np.mean(distances[1]) - np.mean(distances[0])
+    )
+    for name in ("loss.png", "samples.png"):
+        assert (compared / name).read_bytes().startswith(b"\x89PNG")
+
+
+def archives(output):
+    return {path.relative_to(output): path for path in sorted(output.rglob("samples.npz"))}
+
+
+def test_samples_are_those_of_models_sample_with_the_runs_seed(compared):
+    found = archives(compared)
+    assert len(found) == 4
+    images = [load_npz(path)[0] for path in found.values()]
+    assert all(one.shape == (500, 8, 8, 3) for one in images)
+    folder = compared / "DSMoE-digits" / "seed-1"
+    sample_to_files(
+        SampleConfig(
+            checkpoint=str(folder),
+            output=str(compared / "again"),
+            num_samples=500,
+            method="euler",
+            steps=1,
+            cfg_scale=1.0,
+            seed=1,
+        )
+    )
+    (expected,) = folder.rglob("samples.npz")
+    assert torch.equal(load_npz(compared / "again" / "samples.npz")[0], load_npz(expected)[0])
+
+
+def test_what_is_there_is_not_trained_again(compared, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in [*archives(compared).values(), *compared.rglob("step-*.pt")]}
+    trained = []
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: trained.append((self.config.model, self.config.seed)) or fit(self))
+    assert main(["--output", str(compared), "--seeds", "3", *QUICK]) == 0
+    assert trained == [("DiT-digits", 2), ("DSMoE-digits", 2)]
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert [one["seed"] for one in json.loads((compared / "parity.json").read_text())["models"][0]["seeds"]] == [
+        0,
+        1,
+        2,
+    ]
+
+
+def test_other_options_are_refused_where_runs_are(compared, capsys):
+    assert main(["--output", str(compared), "--seeds", "1", *QUICK, "--learning-rate", "0.1"]) == 2
+    assert "learning_rate is 0.1" in capsys.readouterr().err
+    assert main(["--output", str(compared), "--seeds", "1", *QUICK, "--steps", "1"]) == 2
+    assert "is trained for 2 steps, but steps is 1" in capsys.readouterr().err
+
+
+def test_other_samples_of_the_same_training(compared, monkeypatch):
+    monkeypatch.setattr(Trainer, "train_step", None)  # no step is taken
+    assert main(["--output", str(compared), "--seeds", "1", *QUICK, "--cfg-scale", "2"]) == 0
+    assert len(list((compared / "DiT-digits" / "seed-0" / "samples").glob("*_cfg-2_euler-1/samples.npz"))) == 1
+
+
+def quick_run(output, model="DSMoE-digits", seed=0, **options):
+    train = tiny(output / f"{model}-{seed}", model=model, seed=seed, **options)
+    drawn = {"output": f"{train.output}/parts", "join": f"{train.output}/samples.npz"}
+    sample = SampleConfig(checkpoint=train.output, num_samples=10, part_size=8, batch_size=4, steps=1, **drawn)
+    return Run(train, sample)
+
+
+def test_processes_train_the_same_as_one(tmp_path, capsys):
+    here, apart = ([quick_run(tmp_path / jobs, seed=seed, steps=2) for seed in (0, 1)] for jobs in ("1", "2"))
+    for jobs, runs in enumerate((here, apart), 1):
+        assert carry_out_all(runs, jobs)
+        assert "2 of 2 after" in capsys.readouterr().out
+    for one, other in zip(here, apart, strict=True):
+        assert torch.equal(load_npz(one.archive)[0], load_npz(other.archive)[0])
+        assert "step" in (other.folder / parity_runs.LOG_FILE).read_text()
+
+
+def test_ctrl_c_leaves_checkpoints_to_go_on_from(tmp_path):
+    runs = [quick_run(tmp_path, seed=seed, steps=1_000_000) for seed in (0, 1)]
+
+    def interrupt():
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and not all((run.folder / "metrics.jsonl").exists() for run in runs):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    assert not carry_out_all(runs, 2)
+    watcher.join()
+    for run in runs:
+        assert len(list_checkpoints(run.folder)) == 1 and not run.archive.exists()
+        step = int(list_checkpoints(run.folder)[0].stem.split("-")[1])
+        assert Trainer(run.train, resume=True).step == step
+
+
+def test_a_failing_process_is_told(tmp_path):
+    run = quick_run(tmp_path, steps=2)
+    (run.folder / "checkpoints").mkdir(parents=True)
+    (run.folder / "checkpoints" / "step-00000001.pt").write_text("damaged")
+    (run.folder / "config.yaml").write_text("steps: 2\n")
+    with pytest.raises(ValueError, match="model_options is"):
+        carry_out_all([run], 2)
+    (run.folder / "config.yaml").unlink()
+    with pytest.raises(RunError, match="DSMoE-digits, seed 0 failed with exit status 1"):
+        carry_out_all([run], 2)
+
+
+def test_a_signal_ends_the_command(tmp_path, monkeypatch, capsys):
+    stopped = TrainResult(step=1, images_per_second=1.0, checkpoint=Path("step.pt"), ended_by="signal")
+    monkeypatch.setattr(Trainer, "fit", lambda self: stopped)
+    assert main(["--output", str(tmp_path), "--seeds", "1", *QUICK]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "parity.md").exists()
+
+
+def test_overwrite_starts_anew(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(fid_parity, "carry_out_all", lambda runs, jobs: ended.append(jobs))
+    run = tmp_path / "DiT-digits" / "seed-0"
+    run.mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    assert main(["--output", str(tmp_path), *QUICK]) == 130 and run.exists()
+    assert main(["--output", str(tmp_path), "--overwrite", *QUICK]) == 130
+    assert not run.exists() and (tmp_path / "other").exists() and ended == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """Six images of three classes, encoded: 8x8 latents of 3 channels."""
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path_factory.mktemp("latents")
+    generator = np.random.default_rng(0)
+    for name in ("a/0", "a/1", "b/0", "b/1", "c/0", "c/1"):
+        path = root / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    encode_folder(root / "images", save_vae(root / "vae"), root / "encoded", image_size=16)
+    return root / "encoded"
+
+
+def test_latents_are_scored_by_fid(latents, tmp_path, monkeypatch):
+    """With stand-ins for Inception and its statistics: the distance is that of the samples' mean grey."""
+    network, seen = torch.nn.Identity(), []
+
+    def mean_grey(batches, inception, reference):
+        assert inception is network and reference == "reference.npz"
+        batches = list(batches)
+        assert all(batch.dtype == torch.uint8 and batch.shape[1:] == (16, 16, 3) for batch in batches)
+        images = torch.cat(batches)
+        seen.append(len(images))
+        return FidScores(images.double().mean().item(), None, 7.5, None, None, len(images))
+
+    monkeypatch.setattr(scoring, "load_inception", lambda path: network)
+    monkeypatch.setattr(scoring, "load_reference", lambda path: path)
+    monkeypatch.setattr(scoring, "fid_scores", mean_grey)
+    files = ["--data", str(latents), "--inception", "inception.pth", "--reference", "reference.npz"]
+    more = ["--seeds", "2", "--num-samples", "9", "--device", "cpu", "--sample-method", "euler"]
+    assert main(["--output", str(tmp_path), *QUICK, *files, *more]) == 0
+    assert seen == [9] * 4
+    record = json.loads((tmp_path / "parity.json").read_text())
+    assert record["distance"] == "FID of 9 samples"
+    (expected,) = (tmp_path / "DSMoE-digits" / "seed-1").rglob("samples.npz")
+    score = record["models"][1]["seeds"][1]["score"]
+    assert score["distance"] == pytest.approx(load_npz(expected)[0].double().mean().item())
+    assert score["inception_score"] == 7.5 and record["comparisons"]["DSMoE-digits"]["verdict"] == "level"
+    report = (tmp_path / "parity.md").read_text()
+    assert "| published |" in report and "9.80" in report and "FID of 9 samples" in report
+    assert (tmp_path / "samples.png").exists() and (tmp_path / "loss.png").exists()
+
+
+def test_without_inception_fid_is_not_measured(latents, tmp_path, capsys):
+    more = ["--data", str(latents), "--seeds", "1", "--num-samples", "3", "--sample-method", "euler"]
+    assert main(["--output", str(tmp_path), *QUICK, *more]) == 0
+    assert "DSMoE-digits against DiT-digits: not measured." in capsys.readouterr().out
+    assert len(archives(tmp_path)) == 2
