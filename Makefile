@@ -12,16 +12,19 @@ RESULTS ?= benchmarks/results/gpu.json
 BUDGET ?= 500
 FAMILIES := $(addsuffix -digits,DiT DSMoE DiffMoE TC-DiT EC-DiT JiT JiTMoE)
 
-.PHONY: demo zoo test test-all lint bench gpu-check clean
+.PHONY: build demo zoo test test-all lint bench gpu-check clean
 .DEFAULT_GOAL := test
 
-$(VENV)/.installed: pyproject.toml setup.py Makefile
+$(VENV)/.installed: pyproject.toml setup.py Makefile CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TRITON)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
+
+build: $(VENV)/.installed  ## the environment, and the CUDA extension where nvcc is on the PATH
+	$(BIN)/python -c "import diffmoe_kernels; print(*map(': '.join, diffmoe_kernels.available_backends().items()), sep='\n')"
 
 demo: $(VENV)/.installed  ## train DSMoE and a dense DiT on the digits, sample, score
 	$(BIN)/python -m models.demo --output $(DEMO) --overwrite
@@ -40,6 +43,7 @@ test-all: $(VENV)/.installed  ## the tests, and the reference vectors of a full 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/kernels/*.h
 
 bench: $(VENV)/.installed  ## times of ops, layers and models on this machine, as tables
 	$(BIN)/python -m pytest benchmarks -q
@@ -49,5 +53,5 @@ gpu-check:  ## the tests that need a CUDA device, then the benchmarks, then what
 	$(PYTHON) -m benchmarks.check "$(RESULTS)" --budget=$(BUDGET)
 
 clean:  ## all but the runs of your own
-	rm -rf $(VENV) $(DEMO) $(ZOO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(DEMO) $(ZOO) build dist *.egg-info diffmoe_kernels/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,8 +8,10 @@ what is compiled is in the caches of Triton and torch.compile when times count. 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +59,17 @@ def run(command: list[str], seconds: float, grace: float = GRACE) -> tuple[int, 
         return process.returncode, output.strip() + late
 
 
+def build() -> tuple[int, str]:
+    """The CUDA extension beside the package, where there is none and nvcc, CMake, ninja and pybind11 are at hand."""
+    if list(ROOT.glob("diffmoe_kernels/_C*.so")):
+        return 0, "the extension is there"
+    missing = [name for name in ("nvcc", "cmake", "ninja") if shutil.which(name) is None]
+    missing += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+    if missing:
+        return 0, f"not built: no {', '.join(missing)}"
+    return run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 120)
+
+
 def check(results: Path, budget: float, tests: Sequence[str], parts: Sequence[str] = PARTS) -> int:
     """Runs it all; `results` is written anew after each part, and `benchmarks.report` into a folder of its name.
 
@@ -80,6 +93,7 @@ def check(results: Path, budget: float, tests: Sequence[str], parts: Sequence[st
         if done[0]:
             failed.append(name)
 
+    tell("CUDA extension", build())
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         later = {
             pool.submit(lambda file=file: run(pytest_of(file, "-m", "gpu", "--durations=3"), left(TESTS))): file

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from diffmoe_kernels.cuda_support import why_not_cuda
 from diffmoe_kernels.testing import relative_error
 from diffmoe_kernels.triton_support import HAS_TRITON
 
@@ -138,6 +139,8 @@ class Provider:
         """Why it can't run there, or None."""
         if self.backend == "triton" and not where.triton:
             return "the Triton kernels need a CUDA device"
+        if self.backend == "cuda" and (reason := why_not_cuda(torch.empty(0, device=where.device))):
+            return reason
         if self.compiled and where.compiler is None:
             return "compiled for a GPU only"
         if self.masters and where.dtype == torch.float32:

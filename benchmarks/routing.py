@@ -217,19 +217,18 @@ def cases(where: Where) -> list[Case]:
         return {name: Provider(of(function(name)), name) for name in backends}
 
     combine = {
-        **ours(unpermute_with, "triton", "torch"),
+        **ours(unpermute_with, "triton", "cuda", "torch"),
         "plain, compiled": Provider(of(combine_plainly), compiled=True),
     }
-    gather = ours(permute_with, "triton", "torch")
-    router = ours(router_with, "triton", "reference")
+    gather = ours(permute_with, "triton", "cuda", "torch")
+    router = ours(router_with, "triton", "cuda", "reference")
     # bincount waits for the device to learn how many values there are, so that no graph can hold it.
     users = {"argsort + bincount": Provider(of(argsort_bincount), captured=False)}
     given = {**ours(from_topk_with, "triton", "reference"), **users}
-    choice_drop = ours(choice_drop_with, "triton", "reference")
-    drop = {**ours(drop_with, "triton", "reference"), "topk": Provider(of(topk_of_experts))}
-    predicted, loss, quantile = (
-        ours(function, "triton", "reference") for function in (predicted_with, loss_with, quantile_with)
-    )
+    choice_drop = ours(choice_drop_with, "triton", "cuda", "reference")
+    drop = {**ours(drop_with, "triton", "cuda", "reference"), "topk": Provider(of(topk_of_experts))}
+    predicted = ours(predicted_with, "triton", "cuda", "reference")
+    loss, quantile = (ours(function, "triton", "reference") for function in (loss_with, quantile_with))
     found = []
     for name in ("DSMoE-L-E48", "DSMoE-S-E48"):
         shape, right = TRAINING[name], of(combine_exactly)

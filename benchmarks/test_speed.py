@@ -46,11 +46,5 @@ def test_speed(benchmark, request, spent, ceilings, case: Case, provider: str) -
     steps, measured = measure.prepare(case, how, WHERE)
     run, words = timing.timed(steps, how.captured, WHERE is GPU)
     benchmark.group = f"{case.op} {case.name}, {case.direction}, {facts['device']}"
-    benchmark.extra_info |= {**facts, **measured, "timing": words}
     benchmark.pedantic(run, rounds=timing.rounds_of(run), warmup_rounds=1)
-    if benchmark.stats is None:
-        return  # --benchmark-disable
-    stats = benchmark.stats.stats
-    benchmark.extra_info |= {f"p{percent}_ms": timing.percentile(stats.data, percent) * 1e3 for percent in (20, 80)}
-    facts |= benchmark.extra_info
-    request.node.user_properties.append(("stats", {"median": stats.median}))
+    timing.keep(benchmark, request.node, facts | measured | {"timing": words})

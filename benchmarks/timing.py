@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,20 @@ def runs_of(seconds: float, inputs: int) -> int:
 def percentile(times: Sequence[float], percent: float) -> float:
     """Between the two nearest of the times where none is at it, in proportion."""
     return torch.tensor(times, dtype=torch.float64).quantile(percent / 100).item()
+
+
+def keep(benchmark: Any, node: Any, facts: dict[str, Any]) -> None:
+    """Files the facts, with the percentiles, where pytest-benchmark's JSON and the tables at the end find them.
+
+    Args:
+        benchmark: pytest-benchmark's fixture, after its run.
+        node: the test.
+    """
+    if benchmark.stats is None:
+        return  # --benchmark-disable
+    stats = benchmark.stats.stats
+    benchmark.extra_info |= facts | {f"p{at}_ms": percentile(stats.data, at) * 1e3 for at in (20, 80)}
+    node.user_properties += [("facts", dict(benchmark.extra_info)), ("stats", {"median": stats.median})]
 
 
 def ceilings(where: Where) -> dict[str, float]:

@@ -38,7 +38,7 @@ BATCHES = {"training step": (64, 256, None), "sampling step": (64, None)}  # Non
 RUNS = {BOTH: Training, FORWARD: Sampling}
 CHECKED = 64  # images that are checked where the batch is looked for or each image depends on all others
 AT_ONCE = 16  # images that the reference takes, which keeps far more for its backward
-MOST = 4096  # images that are tried
+MOST = 2048  # images that are tried
 USABLE = 0.95  # of the memory; the rest is lost between pieces
 LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # of errors, beyond three times the reference's own
 
@@ -191,6 +191,7 @@ def prepare(case: Case, provider: Provider, where: Where) -> tuple[list[Callable
         SkipTest: so many images do not fit.
     """
     shape, on_gpu = where.resize(case.shape), where.device == "cuda"
+    gc.collect()
     held = torch.cuda.memory_allocated() if on_gpu else 0
     count = shape.images or CHECKED
     checked = replace(shape, images=min(count, CHECKED) if shape.mixes else count)

@@ -22,7 +22,6 @@ namespace diffmoe {
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-
 template <class T>
 T* pointer(Pointer address) {
   return reinterpret_cast<T*>(address);
@@ -49,7 +48,8 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t grid, int t
   (void)stream;
   on_cpu::run(name, grid, threads, [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
-  kernel<<<static_cast<unsigned>(grid), threads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
+  const auto on = reinterpret_cast<cudaStream_t>(stream);
+  kernel<<<static_cast<unsigned>(grid), threads, 0, on>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) fail(std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error));
 #endif

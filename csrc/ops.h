@@ -15,8 +15,8 @@ std::string why_no_device();
 // permute.cu
 void gather(Pointer x, Pointer token_indices, Pointer group_offsets, Pointer out, int num_groups, int64_t num_rows,
             int64_t columns, int type, Stream stream);
-void gather_sum(Pointer rows, Pointer gates, Pointer token_offsets, Pointer token_rows, Pointer out,
-                int64_t num_tokens, int64_t columns, int type, Stream stream);
+void gather_sum(Pointer rows, Pointer gates, Pointer token_offsets, Pointer token_rows, Pointer out, int64_t num_tokens,
+                int64_t columns, int type, Stream stream);
 void unpermute_backward(Pointer rows, Pointer gates, Pointer token_indices, Pointer group_offsets, Pointer grad_out,
                         Pointer grad_rows, Pointer grad_gates, int num_groups, int64_t num_rows, int64_t columns,
                         int type, Stream stream);
@@ -24,16 +24,16 @@ void unpermute_backward(Pointer rows, Pointer gates, Pointer token_indices, Poin
 // router_topk.cu; counts holds router_chunks(num_tokens) x num_experts numbers. At least one token.
 int router_chunks(int64_t num_tokens);
 void router_topk(Pointer logits, Pointer bias, Pointer scores, Pointer topk_ids, Pointer counts, Pointer topk_weights,
-                 Pointer token_indices, Pointer gates, Pointer group_offsets, Pointer token_offsets,
-                 Pointer token_rows, int64_t num_tokens, int num_experts, int top_k, int type, bool softmax,
-                 int num_groups, int top_groups, float fill, bool normalize, float scale, Stream stream);
+                 Pointer token_indices, Pointer gates, Pointer group_offsets, Pointer token_offsets, Pointer token_rows,
+                 int64_t num_tokens, int num_experts, int top_k, int type, bool softmax, int num_groups, int top_groups,
+                 float fill, bool normalize, float scale, Stream stream);
 void router_topk_backward(Pointer grad_weights, Pointer grad_scores, Pointer grad_gates, Pointer scores,
                           Pointer topk_ids, Pointer token_rows, Pointer grad_logits, int64_t num_tokens,
                           int num_experts, int top_k, int type, bool softmax, bool normalize, float scale,
                           Stream stream);
 
-// token_drop.cu; where predicted there is one pool and a logit for each score, else logits, thresholds and wanted are 0.
-// cuts and ties hold num_pools x num_experts numbers, wanted num_experts, counts num_pools x
+// token_drop.cu; where predicted there is one pool and a logit for each score, else logits, thresholds and wanted are
+// 0. cuts and ties hold num_pools x num_experts numbers, wanted num_experts, counts num_pools x
 // token_drop_chunks(pool_size) x num_experts. At least one token.
 int token_drop_chunks(int64_t pool_size);
 void token_drop(Pointer scores, Pointer logits, Pointer thresholds, Pointer cuts, Pointer ties, Pointer wanted,

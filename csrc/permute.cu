@@ -69,8 +69,8 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     unpermute_backward_kernel(const T* __restrict__ rows, const float* __restrict__ gates,
                               const int* __restrict__ token_indices, const int* __restrict__ group_offsets,
-                              const T* __restrict__ grad_out, T* __restrict__ grad_rows,
-                              float* __restrict__ grad_gates, int num_groups, int num_rows, int units) {
+                              const T* __restrict__ grad_out, T* __restrict__ grad_rows, float* __restrict__ grad_gates,
+                              int num_groups, int num_rows, int units) {
   using Unit = Run<T, N>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -113,15 +113,14 @@ void gather(Pointer x, Pointer token_indices, Pointer group_offsets, Pointer out
       x, out);
 }
 
-void gather_sum(Pointer rows, Pointer gates, Pointer token_offsets, Pointer token_rows, Pointer out,
-                int64_t num_tokens, int64_t columns, int type, Stream stream) {
+void gather_sum(Pointer rows, Pointer gates, Pointer token_offsets, Pointer token_rows, Pointer out, int64_t num_tokens,
+                int64_t columns, int type, Stream stream) {
   with_runs(
       type, columns,
       [&](auto zero, auto numbers) {
         using T = decltype(zero);
         const int64_t units = columns / numbers();
-        const auto kernel =
-            gates ? gather_sum_kernel<T, numbers(), true> : gather_sum_kernel<T, numbers(), false>;
+        const auto kernel = gates ? gather_sum_kernel<T, numbers(), true> : gather_sum_kernel<T, numbers(), false>;
         launch("gather_sum", kernel, ceil_div(num_tokens * units, kThreads), kThreads, stream, pointer<const T>(rows),
                pointer<const float>(gates), pointer<const int>(token_offsets), pointer<const int>(token_rows),
                pointer<T>(out), static_cast<int>(num_tokens), static_cast<int>(units));
@@ -137,9 +136,9 @@ void unpermute_backward(Pointer rows, Pointer gates, Pointer token_indices, Poin
       [&](auto zero, auto numbers) {
         using T = decltype(zero);
         launch("unpermute_backward", unpermute_backward_kernel<T, numbers()>, ceil_div(num_rows, kThreads / kWarp),
-               kThreads, stream, pointer<const T>(rows), pointer<const float>(gates),
-               pointer<const int>(token_indices), pointer<const int>(group_offsets), pointer<const T>(grad_out),
-               pointer<T>(grad_rows), pointer<float>(grad_gates), num_groups, static_cast<int>(num_rows),
+               kThreads, stream, pointer<const T>(rows), pointer<const float>(gates), pointer<const int>(token_indices),
+               pointer<const int>(group_offsets), pointer<const T>(grad_out), pointer<T>(grad_rows),
+               pointer<float>(grad_gates), num_groups, static_cast<int>(num_rows),
                static_cast<int>(columns / numbers()));
       },
       rows, grad_out, grad_rows);

@@ -2,7 +2,8 @@
 // T tokens, E experts, K choices a token, R = T K rows, C chunks of as many tokens each, but for the last.
 //
 // 1. choose_kernel: a warp scores a token and chooses its experts; a block counts its chunk's choices by expert.
-// 2. place_kernel: a block sums the counts of all chunks and of those before its own, ranks its tokens among its chunk's
+// 2. place_kernel: a block sums the counts of all chunks and of those before its own, ranks its tokens among its
+// chunk's
 //    by bits, one a token, and writes weights and record.
 #include "common.cuh"
 #include "ops.h"
@@ -37,7 +38,8 @@ __device__ int first_largest(const unsigned (&keys)[J], int lane, unsigned* larg
 // Which of a token's groups of experts may be chosen from: those of the largest sums of their two best keys. Others'
 // keys become that of the fill.
 template <int J>
-__device__ void mask_groups(unsigned (&keys)[J], int lane, int num_experts, int num_groups, int top_groups, float fill) {
+__device__ void mask_groups(unsigned (&keys)[J], int lane, int num_experts, int num_groups, int top_groups,
+                            float fill) {
   const int size = num_experts / num_groups;
   unsigned totals[J] = {};  // of group 32 j + lane
   for (int group = 0; group < num_groups; ++group) {
@@ -91,7 +93,8 @@ __global__ void __launch_bounds__(kChooseThreads)
     const int64_t at = static_cast<int64_t>(token) * num_experts + lane;
     float score[J];
 #pragma unroll
-    for (int j = 0; j < J; ++j) score[j] = j * kWarp + lane < num_experts ? to_float(logits[at + j * kWarp]) : -INFINITY;
+    for (int j = 0; j < J; ++j)
+      score[j] = j * kWarp + lane < num_experts ? to_float(logits[at + j * kWarp]) : -INFINITY;
     if (softmax) {
       float most = score[0], total = 0.0f;
 #pragma unroll
@@ -305,9 +308,9 @@ int router_chunks(int64_t num_tokens) {
 }
 
 void router_topk(Pointer logits, Pointer bias, Pointer scores, Pointer topk_ids, Pointer counts, Pointer topk_weights,
-                 Pointer token_indices, Pointer gates, Pointer group_offsets, Pointer token_offsets,
-                 Pointer token_rows, int64_t num_tokens, int num_experts, int top_k, int type, bool softmax,
-                 int num_groups, int top_groups, float fill, bool normalize, float scale, Stream stream) {
+                 Pointer token_indices, Pointer gates, Pointer group_offsets, Pointer token_offsets, Pointer token_rows,
+                 int64_t num_tokens, int num_experts, int top_k, int type, bool softmax, int num_groups, int top_groups,
+                 float fill, bool normalize, float scale, Stream stream) {
   const int num_chunks = router_chunks(num_tokens);
   const int chunk = static_cast<int>(ceil_div(num_tokens, num_chunks)), tokens = static_cast<int>(num_tokens);
   with_type(type, [&](auto zero) {
@@ -334,8 +337,8 @@ void router_topk_backward(Pointer grad_weights, Pointer grad_scores, Pointer gra
       launch("router_backward", router_backward_kernel<T, of_lane()>, ceil_div(num_tokens, kPlaceThreads / kWarp),
              kPlaceThreads, stream, pointer<const float>(grad_weights), pointer<const float>(grad_scores),
              pointer<const float>(grad_gates), pointer<const float>(scores), pointer<const int>(topk_ids),
-             pointer<const int>(token_rows), pointer<T>(grad_logits), static_cast<int>(num_tokens), num_experts,
-             top_k, softmax, normalize, scale);
+             pointer<const int>(token_rows), pointer<T>(grad_logits), static_cast<int>(num_tokens), num_experts, top_k,
+             softmax, normalize, scale);
     });
   });
 }

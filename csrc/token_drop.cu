@@ -1,6 +1,6 @@
 // Capacity-based dynamic token dropping: expert choice in two launches, and the bound on token choice in one.
-// T tokens in P pools of S, E experts, R rows, B chunks of a pool's tokens. A segment is one expert's scores in one pool.
-// Its cut: keys above it are chosen, and of those equal to it the first few, its ties, in token order.
+// T tokens in P pools of S, E experts, R rows, B chunks of a pool's tokens. A segment is one expert's scores in one
+// pool. Its cut: keys above it are chosen, and of those equal to it the first few, its ties, in token order.
 //
 // 1. cut_kernel: a block finds a segment's cut digit by digit, and counts the chosen in each of its chunks.
 // 2. place_kernel: a block sums the counts of the chunks before its own, and ranks its tokens by bits, one a token.
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kPlaceThreads)
                  int* __restrict__ group_offsets, int* __restrict__ token_offsets, int* __restrict__ token_rows,
                  int64_t* __restrict__ num_dropped, int num_pools, int pool_size, int num_experts, int capacity,
                  int chunk, int num_chunks, int64_t num_rows, bool by_token) {
-  __shared__ int starts[kMaxExperts];  // of the pool's rows
+  __shared__ int starts[kMaxExperts];                       // of the pool's rows
   __shared__ int aboves[kMaxExperts], equals[kMaxExperts];  // of the pool's tokens so far
   __shared__ unsigned cut_of[kMaxExperts];
   __shared__ int ties_of[kMaxExperts];
@@ -384,8 +384,8 @@ void token_drop(Pointer scores, Pointer logits, Pointer thresholds, Pointer cuts
            pointer<const S>(scores), pointer<const L>(logits), pointer<const float>(thresholds),
            pointer<unsigned>(cuts), pointer<int>(ties), pointer<int>(wanted), pointer<unsigned>(counts),
            static_cast<int>(pool_size), num_experts, capacity, chunk, num_chunks, by_token);
-    launch("place_chosen", place_kernel<S, L>, static_cast<int64_t>(num_pools) * num_chunks, kPlaceThreads,
-           stream, pointer<const S>(scores), pointer<const L>(logits), pointer<const float>(thresholds),
+    launch("place_chosen", place_kernel<S, L>, static_cast<int64_t>(num_pools) * num_chunks, kPlaceThreads, stream,
+           pointer<const S>(scores), pointer<const L>(logits), pointer<const float>(thresholds),
            pointer<const unsigned>(cuts), pointer<const int>(ties), pointer<const int>(wanted),
            pointer<const unsigned>(counts), pointer<float>(gates), pointer<int>(token_indices),
            pointer<int>(group_offsets), pointer<int>(token_offsets), pointer<int>(token_rows),

@@ -124,6 +124,7 @@ def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypa
             Path(written[0]).write_text(json.dumps(part(name)))
         return int("--part=layers" in words or "bad" in words), "told"
 
+    monkeypatch.setattr(check, "build", lambda: (0, "built"))
     monkeypatch.setattr(check, "run", run)
     results = tmp_path / "new" / "gpu.json"
     assert check.check(results, 100.0, ["tests/good.py", "tests/bad.py"]) == 1
@@ -140,6 +141,7 @@ def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypa
 
 
 def test_a_spent_budget_starts_nothing(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(check, "build", lambda: (0, "built"))
     monkeypatch.setattr(check, "run", lambda command, seconds: (0, "told") if seconds > 0 else (1, "late"))
     assert check.check(tmp_path / "gpu.json", 0.0, []) == 1
     assert capsys.readouterr().out.count("not begun: the budget of 0 s is spent") == len(PARTS)

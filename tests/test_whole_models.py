@@ -18,7 +18,7 @@ from benchmarks.steps import Training
 from benchmarks.whole_models import ModelShape, largest_batch
 from diffmoe_kernels.modules import Experts
 from diffmoe_kernels.triton_support import HAS_TRITON
-from models import CONFIGS, ExpertChoiceMoE, create_model
+from models import CONFIGS, ExpertChoiceMoE
 from models.flops import model_flops
 
 FEW = {"hidden_size": 32, "num_heads": 2, "depth": 2}
@@ -209,7 +209,7 @@ class Memory:
         (Memory(1000, 100, 1), 512, [64, 512]),  # as estimated
         (Memory(1100, 100, 1, once=20), 512, [64, 1024, 512]),  # gradients were there when memory was fullest
         (Memory(160, 100, 0.9), 64, [64]),
-        (Memory(10**9, 100, 1), 4096, [64, 4096]),  # no more is tried
+        (Memory(10**9, 100, 1), 2048, [64, 2048]),  # no more is tried
     ],
 )
 def test_the_largest_batch(memory, found, tried) -> None:
@@ -234,13 +234,12 @@ def test_a_batch_that_does_not_fit_is_skipped_with_the_reason(few, monkeypatch) 
 
 
 def test_blocks_share_their_compilations() -> None:
-    where = replace(COMPILED, resize=lambda shape: replace(shape.small(), images=2))
     case = CASES["sampling step", "DiT-L/2"]
-    model = case.providers["torch, compiled"].module(where.resize(case.shape), where)
-    torch._dynamo.utils.counters.clear()
-    with torch.no_grad():
-        model.eval()(torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 1]))
-    assert (
-        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-        and len(model.blocks) == len(create_model("DiT-digits").blocks) == 6
-    )
+    model = case.providers["torch, compiled"].module(COMPILED.resize(case.shape), COMPILED).eval()
+    stats = torch._dynamo.utils.counters["stats"]
+    stats.clear()
+    for graphs, count in enumerate((2, 4), start=1):
+        with torch.no_grad():
+            model(torch.randn(count, 1, 8, 8), torch.rand(count), torch.zeros(count, dtype=torch.int64))
+        assert stats["unique_graphs"] == graphs and len(model.blocks) == 6
+        torch._dynamo.reset()  # as between the batches that are tried

@@ -47,9 +47,9 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   State state;
-  unsigned mask;      // of the warp call that it waits in
-  const char* call;   // its name
-  uint64_t value;     // what it brings there
+  unsigned mask;     // of the warp call that it waits in
+  const char* call;  // its name
+  uint64_t value;    // what it brings there
 };
 
 struct Block {
@@ -108,9 +108,11 @@ inline bool release() {
       bool all = true;
       for (int lane = 0; lane < kWarp; ++lane) {
         if (!(first.mask >> lane & 1)) continue;
-        if (warp + lane >= end) throw std::logic_error(std::string(first.call) + ": its mask names lanes that are not there");
+        if (warp + lane >= end)
+          throw std::logic_error(std::string(first.call) + ": its mask names lanes that are not there");
         const Fiber& other = block.fibers[warp + lane];
-        if (other.state == State::kDone) throw std::logic_error(std::string(first.call) + ": a lane of its mask has ended");
+        if (other.state == State::kDone)
+          throw std::logic_error(std::string(first.call) + ": a lane of its mask has ended");
         if (other.state != State::kInWarp) {
           all = false;
         } else if (other.mask != first.mask || std::strcmp(other.call, first.call) != 0) {
@@ -130,8 +132,11 @@ inline bool release() {
   const auto waits = [](const Fiber& fiber) { return fiber.state == State::kAtBlockBarrier; };
   const auto ended = [](const Fiber& fiber) { return fiber.state == State::kDone; };
   const auto begin = block.fibers.begin(), end = begin + block.threads;
-  if (!any && std::any_of(begin, end, waits) && std::all_of(begin, end, [&](const Fiber& f) { return waits(f) || ended(f); })) {
-    std::for_each(begin, end, [&](Fiber& fiber) { if (waits(fiber)) fiber.state = State::kReady; });
+  if (!any && std::any_of(begin, end, waits) &&
+      std::all_of(begin, end, [&](const Fiber& f) { return waits(f) || ended(f); })) {
+    std::for_each(begin, end, [&](Fiber& fiber) {
+      if (waits(fiber)) fiber.state = State::kReady;
+    });
     any = true;
   }
   return any;
@@ -160,7 +165,8 @@ inline void run_block(int index, int threads) {
         ran = true;
       }
     }
-    const bool done = std::all_of(block.fibers.begin(), block.fibers.begin() + threads, [](const Fiber& fiber) { return fiber.state == State::kDone; });
+    const bool done = std::all_of(block.fibers.begin(), block.fibers.begin() + threads,
+                                  [](const Fiber& fiber) { return fiber.state == State::kDone; });
     if (done) return;
     if (!release() && !ran) throw std::logic_error("threads wait for others that never come");
   }
@@ -185,7 +191,8 @@ void run(const char* name, int64_t grid, int threads, Kernel kernel) {
 template <class T>
 const uint64_t* meet(const char* call, unsigned mask, T value) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  if (!(mask >> (block.current % kWarp) & 1)) throw std::logic_error(std::string(call) + ": the caller is not in its mask");
+  if (!(mask >> (block.current % kWarp) & 1))
+    throw std::logic_error(std::string(call) + ": the caller is not in its mask");
   Fiber& fiber = self();
   fiber.value = 0;
   std::memcpy(&fiber.value, &value, sizeof(T));
@@ -270,7 +277,9 @@ inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 template <class T>
-T __ldg(const T* place) { return *place; }
+T __ldg(const T* place) {
+  return *place;
+}
 
 using __half = _Float16;
 inline __half __ushort_as_half(uint16_t bits) { return std::bit_cast<__half>(bits); }

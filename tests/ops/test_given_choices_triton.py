@@ -128,7 +128,7 @@ def test_opcheck():
     ids, weights = choices(21, 4, 2)  # no slot is dropped: nothing is left unwritten
     library = torch.ops.diffmoe_kernels
     torch.library.opcheck(library.routing_from_topk.default, (weights.requires_grad_(), ids, 4), test_utils=CHECKS)
-    torch.library.opcheck(library.token_choice_drop.default, (ids, weights.detach(), 4, 5), test_utils=CHECKS)
+    torch.library.opcheck(library.token_choice_drop.default, (ids, weights.detach(), 4, 5, "triton"), test_utils=CHECKS)
 
 
 def layer_of() -> MoE:

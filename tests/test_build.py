@@ -1,0 +1,126 @@
+"""The build of the CUDA extension: when it is made, what it says where it is not, and what the compiler makes of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+KERNELS = sorted(path.name for path in (ROOT / "csrc").glob("*.cu") if "__global__" in path.read_text())
+
+
+def setup(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a copy of setup.py, so that nothing is left in the checkout."""
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("csrc", "diffmoe_kernels", "models"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    known = {key: value for key, value in os.environ.items() if key not in ("CUDA_HOME", "CUDA_PATH", "CUDACXX")}
+    command = [sys.executable, "setup.py", "-q", *words]
+    return subprocess.run(command, cwd=folder, env=known | environment, capture_output=True, text=True, check=False)
+
+
+def libraries(folder: Path) -> list[Path]:
+    return list(folder.rglob("_C*.so"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"DIFFMOE_BUILD_CUDA": "0"}, "pure Python, since DIFFMOE_BUILD_CUDA=0"),
+        ({"PATH": ""}, "pure Python, since there is no nvcc"),
+    ],
+)
+def test_pure_python_and_one_line_that_says_so(environment, told, tmp_path) -> None:
+    done = setup("build", folder=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "diffmoe-kernels" in line] == [f"diffmoe-kernels: {told}"]
+    assert not libraries(tmp_path) and (tmp_path / "build/lib/diffmoe_kernels/cuda_support.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"DIFFMOE_BUILD_CUDA": "1", "PATH": ""}, "there is no nvcc: put it on the PATH, or set CUDACXX or CUDA_HOME"),
+        ({"DIFFMOE_BUILD_CUDA": "yes"}, "DIFFMOE_BUILD_CUDA: expected 0, 1 or nothing, got 'yes'"),
+    ],
+)
+def test_what_cannot_be_asked_for(environment, told, tmp_path) -> None:
+    done = setup("build", folder=tmp_path, **environment)
+    assert done.returncode != 0 and told in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ninja") is None, reason="needs cmake and ninja")
+def test_a_broken_nvcc_fails(tmp_path) -> None:
+    broken = tmp_path / "bin" / "nvcc"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\necho 'no licence' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    done = setup("build", folder=tmp_path, CUDACXX=str(broken))
+    assert done.returncode != 0 and not libraries(tmp_path)
+    assert "CMAKE_CUDA_COMPILER" in done.stdout + done.stderr or "CUDA compiler" in done.stdout + done.stderr
+
+
+def resources(output: str) -> Iterator[tuple[str, int, int]]:
+    """Of each kernel in what ``ptxas -v`` tells: its name, and its bytes of stack and of spills."""
+    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill"
+    for name, stack, stores, loads in re.findall(pattern, output, re.DOTALL):
+        yield name, int(stack), int(stores) + int(loads)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("source", KERNELS)
+def test_no_kernel_spills_or_keeps_an_array_in_local_memory(source, architecture, tmp_path) -> None:
+    command = [NVCC, "-std=c++17", "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
+    path = ROOT / "csrc" / source
+    done = subprocess.run(
+        [*command, str(path), "-o", str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    found = list(resources(done.stderr))
+    assert len(found) == done.stderr.count("Compiling entry function") >= 3
+    assert [one for one in found if one[1] or one[2]] == []
+
+
+def test_the_report_of_a_spill_is_read() -> None:
+    output = """ptxas info    : Compiling entry function '_Z1k' for 'sm_80'
+ptxas info    : Function properties for _Z1k
+    8 bytes stack frame, 12 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 32 registers"""
+    assert list(resources(output)) == [("_Z1k", 8, 16)]
+
+
+def test_the_extension_that_is_installed() -> None:
+    """In a process of its own: in this one the kernels are built for the CPU."""
+    script = "import diffmoe_kernels as d; print(d.available_backends()['cuda'])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    if not list((ROOT / "diffmoe_kernels").glob("_C*.so")):
+        assert done.stdout.startswith("not built")
+    else:
+        assert done.stdout.startswith("built, no device: ") or done.stdout == "available\n"
+
+
+@pytest.mark.skipif(not list((ROOT / "diffmoe_kernels").glob("_C*.so")), reason="the extension is not built here")
+def test_a_launch_that_fails_names_the_kernel_and_its_arguments() -> None:
+    script = """
+from diffmoe_kernels import _C
+try:
+    _C.gather(0, 0, 0, 0, 3, 5, 8, 0, 0)
+except RuntimeError as error:
+    print(error)
+"""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert re.match(
+        r"kernel gather\(\S+, \S+, \S+, \S+, 3, 2\) on a grid of 1 blocks of 256 threads: cuda", done.stdout
+    )

@@ -1,0 +1,189 @@
+"""The CUDA extension on a GPU: real sizes, streams, graphs, no bad address, no race, and what a launch costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffmoe_kernels import Routing, ops
+from diffmoe_kernels.cuda_support import HAS_CUDA, NOT_BUILT, extension
+from diffmoe_kernels.testing import assert_close, poisoned_allocations
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason=f"the extension is {NOT_BUILT}")]
+ROOT = Path(__file__).parents[1]
+SHAPES = {  # T, D, E, K
+    "DSMoE-L-E48": (16384, 1024, 48, 5),
+    "DSMoE-S-E48": (65536, 384, 48, 5),
+    "DSMoE-3B-E16": (16384, 1152, 16, 2),
+    "odd": (10007, 333, 7, 3),
+    "many": (262144, 64, 256, 2),
+}
+
+
+def fields(routing: Routing) -> list[Tensor]:
+    return [getattr(routing, field.name) for field in dataclasses.fields(routing)]
+
+
+def routing_of(num_tokens: int, num_experts: int, top_k: int) -> Routing:
+    weights, ids = torch.rand(num_tokens, num_experts, device="cuda").topk(top_k)
+    return Routing.from_topk(ids, weights, num_experts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_movement(name: str, dtype: torch.dtype) -> None:
+    num_tokens, width, num_experts, top_k = SHAPES[name]
+    routing = routing_of(num_tokens, num_experts, top_k)
+    x = torch.randn(num_tokens, width, device="cuda", dtype=dtype)
+    results = {}
+    for backend in ("cuda", "reference"):
+        leaf, gates = x.clone().requires_grad_(), routing.gates.detach().requires_grad_()
+        with poisoned_allocations():
+            rows = ops.permute(leaf, routing, backend=backend)
+            y = ops.unpermute(rows, dataclasses.replace(routing, gates=gates), backend=backend)
+            results[backend] = rows, y, *torch.autograd.grad(y, (leaf, gates), x)
+    ours, right = results.values()
+    assert torch.equal(ours[0], right[0])
+    for one, other in zip(ours[1:], right[1:], strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("num_pools", [1, 64])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(16384, 8), (65536, 16), (262144, 16), (262144, 256)])
+def test_choice(num_tokens: int, num_experts: int, num_pools: int) -> None:
+    scores = torch.randn(num_tokens, num_experts, device="cuda").bfloat16()  # with many ties
+    capacity = num_tokens // num_pools // num_experts
+    ours, right = (
+        ops.token_drop(scores, capacity, num_pools=num_pools, backend=backend) for backend in ("cuda", "reference")
+    )
+    for one, other in zip(fields(ours), fields(right), strict=True):
+        assert torch.equal(one, other)
+    logits, thresholds = torch.randn_like(scores), torch.full((num_experts,), 0.9, device="cuda")
+    for rule in ("pool", "token"):
+        found = [
+            ops.token_drop_predicted(
+                scores, logits, thresholds, rule=rule, max_capacity=num_tokens // 4, backend=backend
+            )
+            for backend in ("cuda", "reference")
+        ]
+        assert torch.equal(found[0][1], found[1][1])
+        for one, other in zip(fields(found[0][0]), fields(found[1][0]), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_choices_past_the_capacity() -> None:
+    weights, ids = torch.rand(65536, 48, device="cuda").bfloat16().topk(5)
+    ours, right = (ops.token_choice_drop(ids, weights, 48, 5000, backend=name) for name in ("cuda", "reference"))
+    assert torch.equal(ours[0], right[0]) and torch.equal(ours[1], right[1])
+
+
+def steps(seed: int) -> dict[str, Callable[[], list[Tensor]]]:
+    """Each op forward and backward on inputs of its own."""
+    torch.manual_seed(seed)
+    routing = routing_of(4096, 48, 5)
+    x = torch.randn(4096, 256, device="cuda", requires_grad=True)
+    logits = torch.randn(4096, 48, device="cuda", requires_grad=True)
+    scores = torch.rand(4096, 8, device="cuda", requires_grad=True)
+
+    def movement() -> list[Tensor]:
+        y = ops.unpermute(ops.permute(x, routing, backend="cuda"), routing, backend="cuda")
+        return [y, *torch.autograd.grad(y, x, x)]
+
+    def router() -> list[Tensor]:
+        out = ops.router_topk(logits, 5, backend="cuda")
+        return [*fields(out.routing), *torch.autograd.grad(out.routing.gates.square().sum(), logits)]
+
+    def choice() -> list[Tensor]:
+        routing = ops.token_drop(scores, 512, backend="cuda")
+        return [*fields(routing), *torch.autograd.grad(routing.gates.square().sum(), scores)]
+
+    return {"movement": movement, "router": router, "choice": choice}
+
+
+@pytest.mark.parametrize("name", ["movement", "router", "choice"])
+def test_in_a_cuda_graph_and_without_a_sync(name: str) -> None:
+    step = steps(0)[name]
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        right = [one.detach().clone() for one in step()]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for one in results:
+        one.detach().zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(results, right, strict=True))
+
+
+@pytest.mark.parametrize("name", ["movement", "router", "choice"])
+def test_two_streams_at_once(name: str) -> None:
+    """On streams that are not the default one, again and again, beside each other."""
+    both = [steps(seed)[name] for seed in (0, 1)]
+    right = [[one.detach().clone() for one in step()] for step in both]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in both]
+    results: list[list[Tensor]] = [[], []]
+    for _ in range(20):
+        for number, (step, stream) in enumerate(zip(both, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                results[number] = step()
+    torch.cuda.synchronize()
+    for ours, expected in zip(results, right, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
+
+
+def test_a_launch_waits_for_the_stream_that_it_is_on() -> None:
+    """What a slow kernel on that stream writes is what it reads."""
+    routing = routing_of(4096, 16, 2)
+    x, stream = torch.zeros(4096, 512, device="cuda"), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.fill_(1.0)
+        rows = ops.permute(x, routing, backend="cuda")
+    stream.synchronize()
+    assert rows.eq(1).all()
+
+
+SANITIZED = """
+import torch
+from tests.test_gpu_cuda import steps, test_choices_past_the_capacity
+for step in steps(0).values():
+    step()
+test_choices_past_the_capacity()
+torch.cuda.synchronize()
+print("all ran")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_no_bad_address_and_no_race(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer")
+    only = "--kernel-name=kernel_substring=diffmoe"  # of this project: those of PyTorch take most of the time
+    command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", only, sys.executable, "-c", SANITIZED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this machine")
+    assert done.returncode == 0 and "all ran" in done.stdout, done.stdout[-3000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout or "0 hazards" in done.stdout, done.stdout[-3000:]
+
+
+def test_a_failed_launch_names_the_kernel(capfd) -> None:
+    """More rows than a grid has blocks."""
+    with pytest.raises(RuntimeError, match=r"kernel gather\(.*\) on a grid of \d+ blocks of 256 threads: the grid"):
+        extension.gather(16, 16, 16, 16, 1, 2**40, 2**10, 0, 0)
