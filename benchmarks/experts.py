@@ -21,6 +21,12 @@ TRAINING = {
     "DSMoE-S-E48": Shape(65536, 384, 128, 48, 5),
     "DiffMoE-L-E8": Shape(16384, 1024, 4096, 8, 1, "gelu_tanh"),
 }
+OTHERS = {
+    "DSMoE-S-E16": Shape(65536, 384, 768, 16, 2),
+    "DSMoE-B-E16": Shape(32768, 768, 1536, 16, 2),
+    "DSMoE-B-E48": Shape(32768, 768, 256, 48, 5),
+    "DSMoE-3B-E16": Shape(16384, 1152, 2880, 16, 2),
+}
 SAMPLING_TOKENS = (512, 2048)
 
 
@@ -154,12 +160,13 @@ def cases(where: Where) -> list[Case]:
     official = {"loop": Provider(of(loop), captured=False)}
     found = []
     for name, shape in TRAINING.items():
-        # Of the other activation the whole layer is timed, by all who compute it.
-        others = {"dense": ceiling, **plain, **masters} if shape.activation == "swiglu" else {}
-        found.append(
-            Case("experts", name, BOTH, shape, backends | others | peers(shape, prepared), tokens, of(exact), cost)
-        )
-        found.append(Case("experts", name, FORWARD, shape, backends, tokens, of(exact), cost))
+        # With the other activation the whole layer is timed, by all who compute it.
+        users = {"dense": ceiling} | (plain if shape.activation == "swiglu" else {}) | peers(shape, prepared)
+        both = backends | users | (masters if shape.activation == "swiglu" else {})
+        found.append(Case("experts", name, BOTH, shape, both, tokens, of(exact), cost))
+        found.append(Case("experts", name, FORWARD, shape, backends | users, tokens, of(exact), cost))
+    for name, shape in OTHERS.items():
+        found.append(Case("experts", name, BOTH, shape, backends | {"dense": ceiling} | plain, tokens, of(exact), cost))
     for name in ("DSMoE-L-E16", "DSMoE-L-E48"):
         for count in SAMPLING_TOKENS:
             shape, case = replace(TRAINING[name], tokens=count), f"{name}, sampling {count}"

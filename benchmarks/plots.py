@@ -30,23 +30,34 @@ def bars(path: Path, title: str, where: str, rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys(row.provider for row in rows))
     for axes, (case, those) in zip(panels, cases.items(), strict=True):
         places = range(len(those))
-        times = [row.ms for row in those]
-        spread = [[max(row.ms - row.low, 0) for row in those], [max(row.high - row.ms, 0) for row in those]]
+        parts = [row.images or 1 for row in those]  # rows of a whole model may hold different numbers of images
+        times = [row.ms / n for row, n in zip(those, parts, strict=True)]
+        below = [max(row.ms - row.low, 0) / n for row, n in zip(those, parts, strict=True)]
+        above = [max(row.high - row.ms, 0) / n for row, n in zip(those, parts, strict=True)]
         colors = [f"C{names.index(row.provider) % 10}" for row in those]
         hatches = ["////" if row.ceiling else "" for row in those]
         drawn = axes.barh(
-            places, times, 0.7, xerr=spread, color=colors, hatch=hatches, edgecolor="white", ecolor="0.25", capsize=2
+            places,
+            times,
+            0.7,
+            xerr=[below, above],
+            color=colors,
+            hatch=hatches,
+            edgecolor="white",
+            ecolor="0.25",
+            capsize=2,
         )
-        axes.bar_label(drawn, [f"{row.ms:.3g}" for row in those], padding=4, fontsize=7.5)
+        axes.bar_label(drawn, [f"{time:.3g}" for time in times], padding=4, fontsize=7.5)
         axes.set_yticks(places, [row.provider for row in those], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(case, fontsize=9.5, loc="left")
-        axes.set_xlim(0, max(row.high for row in those) * 1.15)
+        axes.set_xlim(0, max(time + more for time, more in zip(times, above, strict=True)) * 1.15)
         axes.tick_params(axis="x", labelsize=7.5)
         axes.spines[["top", "right"]].set_visible(False)
-        ceilings = [row.ms for row in those if row.ceiling]
+        ceilings = [time for time, row in zip(times, those, strict=True) if row.ceiling]
         if ceilings:
             axes.axvline(min(ceilings), color="0.3", linestyle="--", linewidth=1, zorder=0)
-    panels[-1].set_xlabel("ms, median and 20th to 80th percentile; hatched and dashed: the ceiling", fontsize=8)
+    unit = "ms an image" if any(row.images for row in rows) else "ms"
+    panels[-1].set_xlabel(f"{unit}, median and 20th to 80th percentile; hatched and dashed: the ceiling", fontsize=8)
     figure.suptitle(f"{title}\n{where}", fontsize=10.5)
     figure.savefig(path)

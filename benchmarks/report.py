@@ -15,14 +15,17 @@ from typing import Any
 
 from benchmarks.files import load
 
-HEAD = ["case", "provider", "median ms", "20th to 80th percentile", "x the ceiling", "rate", "kept MiB", "peak MiB"]
+HEAD = ["case", "provider", "median ms", "20th to 80th percentile", "x the ceiling", "rate"]
+HEAD += ["images", "images/s", "kept MiB", "peak MiB", "in all MiB", "optimizer ms"]
 LEGEND = """Times are of one run: the median, and what the middle 60 % of the measurements span. A ceiling (in italics)
 is another function of the same cost: a dense network of the same floating-point operations without any routing, or
 attention without the rotation. "x the ceiling" is a time over that of the case's fastest ceiling with weights of the
 same type. The rate is the larger share of the two limits that this machine showed in the same run: of its copy
 bandwidth, for the least bytes that must be moved, or of its matrix product, for the operations that must be done.
 Kept: by autograd for the backward, parameters aside. Peak: what the allocator held at most in a run, beyond what it
-held before."""
+held before. Of whole models: in all, with weights, optimizer and average; optimizer, what AdamW and the average
+take of a training step. The largest batch is the largest power of two that fits, and the share of the product's rate is
+the model FLOP utilisation."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Row:
         ratio: to the case's ceiling, where there is one.
         rate: such as "412 TFLOP/s, 58 %".
         kept_mib, peak_mib: where measured.
+        images, allocated_mib, optimizer_ms: of a whole model.
     """
 
     case: str
@@ -48,14 +52,19 @@ class Row:
     rate: str
     kept_mib: float | None
     peak_mib: float | None
+    images: int | None
+    allocated_mib: float | None
+    optimizer_ms: float | None
 
     @property
     def cells(self) -> list[str]:
         provider = f"*{self.provider}*" if self.ceiling else self.provider
         spread = f"{digits(self.low)} to {digits(self.high)}"
         ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
-        memory = ["" if one is None else f"{one:.1f}" for one in (self.kept_mib, self.peak_mib)]
-        return [self.case, provider, digits(self.ms), spread, ratio, self.rate, *memory]
+        images = ["", ""] if self.images is None else [str(self.images), f"{self.images / self.ms * 1e3:.0f}"]
+        memory = ["" if one is None else f"{one:.1f}" for one in (self.kept_mib, self.peak_mib, self.allocated_mib)]
+        optimizer = "" if self.optimizer_ms is None else digits(self.optimizer_ms)
+        return [self.case, provider, digits(self.ms), spread, ratio, self.rate, *images, *memory, optimizer]
 
 
 def digits(ms: float) -> str:
@@ -95,6 +104,9 @@ def _rows(case: Mapping[str, tuple[float, Mapping[str, Any]]], limits: Mapping[s
             rate=_rate(ms, record, limits),
             kept_mib=record.get("saved_mib"),
             peak_mib=record.get("peak_mib"),
+            images=record.get("images"),
+            allocated_mib=record.get("allocated_mib"),
+            optimizer_ms=record.get("optimizer_ms"),
         )
 
 

@@ -28,8 +28,8 @@ PAIRS = [
 @pytest.fixture(autouse=True)
 def memory_given_back() -> Iterator[None]:
     yield
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

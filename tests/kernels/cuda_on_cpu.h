@@ -66,7 +66,8 @@ inline Block block;
 inline std::vector<std::string> launched;
 inline int order_seed = 0;
 
-// 0: in order, -1: backwards, else shuffled by it.
+// Of warps, each as far as it gets without the others, of a warp's threads and of blocks: 0 in order, -1 backwards, else
+// shuffled by it.
 inline void set_thread_order(int seed) { order_seed = seed; }
 
 inline std::vector<int> order_of(int count, int salt) {
@@ -97,53 +98,55 @@ inline void enter() {
   swapcontext(&self().context, &block.scheduler);
 }
 
-// Lets those go on that all have come; true where any may.
-inline bool release() {
+// Lets those threads of a warp go on whose call all of its mask have reached; true where any may.
+inline bool release_warp(int begin, int end) {
   bool any = false;
-  for (int warp = 0; warp < block.threads; warp += kWarp) {
-    const int end = std::min(warp + kWarp, block.threads);
-    for (int thread = warp; thread < end; ++thread) {
-      Fiber& first = block.fibers[thread];
-      if (first.state != State::kInWarp) continue;
-      bool all = true;
-      for (int lane = 0; lane < kWarp; ++lane) {
-        if (!(first.mask >> lane & 1)) continue;
-        if (warp + lane >= end)
-          throw std::logic_error(std::string(first.call) + ": its mask names lanes that are not there");
-        const Fiber& other = block.fibers[warp + lane];
-        if (other.state == State::kDone)
-          throw std::logic_error(std::string(first.call) + ": a lane of its mask has ended");
-        if (other.state != State::kInWarp) {
-          all = false;
-        } else if (other.mask != first.mask || std::strcmp(other.call, first.call) != 0) {
-          throw std::logic_error(std::string(first.call) + ": a lane of its mask is in " + other.call);
-        }
+  for (int thread = begin; thread < end; ++thread) {
+    Fiber& first = block.fibers[thread];
+    if (first.state != State::kInWarp) continue;
+    const std::string call = first.call;
+    bool all = true;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (!(first.mask >> lane & 1)) continue;
+      if (begin + lane >= end) throw std::logic_error(call + ": its mask names lanes that are not there");
+      const Fiber& other = block.fibers[begin + lane];
+      if (other.state == State::kDone) throw std::logic_error(call + ": a lane of its mask has ended");
+      if (other.state != State::kInWarp) {
+        all = false;
+      } else if (other.mask != first.mask || call != other.call) {
+        throw std::logic_error(call + ": a lane of its mask is in " + other.call);
       }
-      if (!all) continue;
-      for (int lane = 0; lane < kWarp; ++lane) {
-        if (!(first.mask >> lane & 1)) continue;
-        Fiber& other = block.fibers[warp + lane];
-        block.met[warp + lane] = other.value;
-        other.state = State::kReady;
-      }
-      any = true;
     }
-  }
-  const auto waits = [](const Fiber& fiber) { return fiber.state == State::kAtBlockBarrier; };
-  const auto ended = [](const Fiber& fiber) { return fiber.state == State::kDone; };
-  const auto begin = block.fibers.begin(), end = begin + block.threads;
-  if (!any && std::any_of(begin, end, waits) &&
-      std::all_of(begin, end, [&](const Fiber& f) { return waits(f) || ended(f); })) {
-    std::for_each(begin, end, [&](Fiber& fiber) {
-      if (waits(fiber)) fiber.state = State::kReady;
-    });
+    if (!all) continue;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (!(first.mask >> lane & 1)) continue;
+      Fiber& other = block.fibers[begin + lane];
+      block.met[begin + lane] = other.value;
+      other.state = State::kReady;
+    }
     any = true;
   }
   return any;
 }
 
+// Runs a warp as far as it gets without other warps.
+inline void run_warp(int begin, int end, const std::vector<int>& order) {
+  do {
+    for (const int lane : order) {
+      const int thread = begin + lane;
+      while (thread < end && block.fibers[thread].state == State::kReady) {
+        block.current = thread;
+        threadIdx.x = thread;
+        swapcontext(&block.scheduler, &block.fibers[thread].context);
+        if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
+      }
+    }
+  } while (release_warp(begin, end));
+}
+
 inline void run_block(int index, int threads) {
   blockIdx.x = index;
+  const auto begin = block.fibers.begin(), end = begin + threads;
   for (int thread = 0; thread < threads; ++thread) {
     Fiber& fiber = block.fibers[thread];
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
@@ -153,22 +156,17 @@ inline void run_block(int index, int threads) {
     makecontext(&fiber.context, enter, 0);
     fiber.state = State::kReady;
   }
-  const std::vector<int> order = order_of(threads, index);
+  const int warps = (threads + kWarp - 1) / kWarp;
+  const std::vector<int> order = order_of(warps, index), lanes = order_of(kWarp, index);
   for (;;) {
-    bool ran = false;
-    for (const int thread : order) {
-      while (block.fibers[thread].state == State::kReady) {
-        block.current = thread;
-        threadIdx.x = thread;
-        swapcontext(&block.scheduler, &block.fibers[thread].context);
-        if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
-        ran = true;
-      }
+    for (const int warp : order) run_warp(warp * kWarp, std::min((warp + 1) * kWarp, threads), lanes);
+    if (std::all_of(begin, end, [](const Fiber& fiber) { return fiber.state == State::kDone; })) return;
+    if (std::any_of(begin, end, [](const Fiber& fiber) { return fiber.state == State::kInWarp; })) {
+      throw std::logic_error("a warp's threads wait for others of it that are at a barrier of the block");
     }
-    const bool done = std::all_of(block.fibers.begin(), block.fibers.begin() + threads,
-                                  [](const Fiber& fiber) { return fiber.state == State::kDone; });
-    if (done) return;
-    if (!release() && !ran) throw std::logic_error("threads wait for others that never come");
+    for (Fiber& fiber : block.fibers) {
+      if (fiber.state == State::kAtBlockBarrier) fiber.state = State::kReady;
+    }
   }
 }
 
