@@ -19,15 +19,17 @@ __global__ void __launch_bounds__(kThreads)
   if (begin >= end) return;
   const int64_t first_row = begin / units;
   const unsigned offset = static_cast<unsigned>(begin - first_row * units) + threadIdx.x;
+  // Past the end, where nothing is written, the last row is read: no branch keeps one load from the next.
+  const int64_t last_row = end / units - 1;
+  int tokens[kInFlight];
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    tokens[i] = token_indices[min(first_row + (offset + i * kThreads) / units, last_row)];
+  }
   Unit held[kInFlight];
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
-    const unsigned place = offset + i * kThreads;
-    if (begin + threadIdx.x + i * kThreads < end) {
-      const unsigned down = place / units;
-      const int64_t token = token_indices[first_row + down];
-      held[i] = x[token * units + (place - down * units)];
-    }
+    held[i] = x[static_cast<int64_t>(tokens[i]) * units + (offset + i * kThreads) % units];
   }
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
@@ -49,13 +51,29 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = at - token * units;
   const int begin = token_offsets[token], end = token_offsets[token + 1];
   float total[N] = {};
-#pragma unroll 4
-  for (int slot = begin; slot < end; ++slot) {
-    const int64_t row = token_rows[slot];
-    const Unit unit = reinterpret_cast<const Unit*>(rows)[row * units + column];
-    const float gate = kHasGates ? gates[row] : 1.0f;
+  for (int first = begin; first < end; first += kInFlight) {
+    int row[kInFlight];
+    float gate[kInFlight];
+    Unit unit[kInFlight];
 #pragma unroll
-    for (int i = 0; i < N; ++i) total[i] += kHasGates ? to_float(unit.values[i]) * gate : to_float(unit.values[i]);
+    for (int i = 0; i < kInFlight; ++i) row[i] = first + i < end ? token_rows[first + i] : -1;
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      unit[i] = {};
+      gate[i] = 0.0f;
+      if (row[i] >= 0) {
+        unit[i] = reinterpret_cast<const Unit*>(rows)[static_cast<int64_t>(row[i]) * units + column];
+        if (kHasGates) gate[i] = gates[row[i]];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const float value = to_float(unit[i].values[n]);
+        if (row[i] >= 0) total[n] += kHasGates ? value * gate[i] : value;
+      }
+    }
   }
   Unit sum;
 #pragma unroll
@@ -66,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
 // rows (R, D), gates (R,), token_indices (R,), group_offsets (E,), grad_out (T, D) -> grad_rows (R, D), grad_gates (R,)
 // A warp for each row; gradients of the padding are 0.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     unpermute_backward_kernel(const T* __restrict__ rows, const float* __restrict__ gates,
                               const int* __restrict__ token_indices, const int* __restrict__ group_offsets,
                               const T* __restrict__ grad_out, T* __restrict__ grad_rows, float* __restrict__ grad_gates,
@@ -75,23 +93,37 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (row >= num_rows) return;
-  const bool is_real = row < group_offsets[num_groups - 1];
-  const int64_t token = is_real ? token_indices[row] : 0;
-  const float gate = is_real ? gates[row] : 0.0f;
+  Unit* const grad_row = reinterpret_cast<Unit*>(grad_rows) + row * units;
+  if (row >= group_offsets[num_groups - 1]) {
+    for (int column = lane; column < units; column += kWarp) grad_row[column] = {};
+    if (lane == 0) grad_gates[row] = 0.0f;
+    return;
+  }
+  const Unit* const grad = reinterpret_cast<const Unit*>(grad_out) + static_cast<int64_t>(token_indices[row]) * units;
+  const Unit* const value = reinterpret_cast<const Unit*>(rows) + row * units;
+  const float gate = gates[row];
   float product = 0.0f;
-#pragma unroll 4
-  for (int column = lane; column < units; column += kWarp) {
-    Unit result = {};
-    if (is_real) {
-      const Unit grad = reinterpret_cast<const Unit*>(grad_out)[token * units + column];
-      const Unit value = reinterpret_cast<const Unit*>(rows)[row * units + column];
+  for (int first = lane; first < units; first += kWarp * kInFlight) {
+    Unit own_grad[kInFlight], own_value[kInFlight];
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        product += to_float(grad.values[i]) * to_float(value.values[i]);
-        result.values[i] = from_float<T>(to_float(grad.values[i]) * gate);
+    for (int i = 0; i < kInFlight; ++i) {
+      const int column = first + i * kWarp;
+      own_grad[i] = own_value[i] = {};
+      if (column < units) {
+        own_grad[i] = grad[column];
+        own_value[i] = value[column];
       }
     }
-    reinterpret_cast<Unit*>(grad_rows)[row * units + column] = result;
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      Unit result;
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        product += to_float(own_grad[i].values[n]) * to_float(own_value[i].values[n]);
+        result.values[n] = from_float<T>(to_float(own_grad[i].values[n]) * gate);
+      }
+      if (first + i * kWarp < units) grad_row[first + i * kWarp] = result;
+    }
   }
   product = warp_sum(product);
   if (lane == 0) grad_gates[row] = product;

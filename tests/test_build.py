@@ -91,6 +91,27 @@ def test_no_kernel_spills_or_keeps_an_array_in_local_memory(source, architecture
     assert [one for one in found if one[1] or one[2]] == []
 
 
+@needs_nvcc
+def test_loads_of_16_bytes_are_in_flight_together(tmp_path) -> None:
+    """Of bfloat16 rows: four before the first sum or product that waits for one, and in the gather three."""
+    nvidia = pytest.importorskip("triton.backends.nvidia")
+    disassembler = Path(nvidia.__path__[0], "bin", "cuobjdump")
+    cubin = tmp_path / "out"
+    subprocess.run(
+        [NVCC, "-std=c++17", "-cubin", "-arch=sm_90a", str(ROOT / "csrc/permute.cu"), "-o", cubin], check=True
+    )
+    listing = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    kernels = {part.split("\n", 1)[0]: part for part in listing.split("Function : ")[1:]}
+    for name, before, wanted in (
+        ("gather_sum_kernelINS_8BFloat16ELi8ELb1", "FFMA", 4),
+        ("unpermute_backward_kernelINS_8BFloat16ELi8", "FFMA", 8),
+        ("gather_kernelINS_3RunINS_8BFloat16ELi8", "STG", 3),
+    ):
+        (code,) = (code for key, code in kernels.items() if name in key)
+        loads = re.split(rf"\b{before}\b", code[code.index("LDG.E.128") :])[0].count("LDG.E.128")
+        assert loads >= wanted, f"{name}: {loads}"
+
+
 def test_the_report_of_a_spill_is_read() -> None:
     output = """ptxas info    : Compiling entry function '_Z1k' for 'sm_80'
 ptxas info    : Function properties for _Z1k
