@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Taken where the virtual environment has no torch yet; the CPU build of torch brings no triton.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+# Processes that the tests run in.
+JOBS ?= 2
 DEMO ?= runs/demo
 ZOO ?= runs/zoo
 # Of gpu-check: the file that it writes, and after how many seconds it starts nothing more.
@@ -33,11 +35,11 @@ zoo: $(VENV)/.installed  ## train every family on the digits for a minute, sampl
 	$(BIN)/python -m models.demo --output $(ZOO) --overwrite --minutes 1 --minutes-each --learning-rate 3e-3 --ema-decay 0.99 --models $(FAMILIES)
 
 test: $(VENV)/.installed  ## all tests but those that need a GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-all: $(VENV)/.installed  ## the tests, and the reference vectors of a full set in GOLDEN_DIR
 	test -d "$(GOLDEN_DIR)" || { echo "test-all: set GOLDEN_DIR to the folder of a full set of reference vectors"; exit 2; }
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	GOLDEN_DIR="$(abspath $(GOLDEN_DIR))" $(BIN)/python -m pytest tests/golden
 
 lint: $(VENV)/.installed

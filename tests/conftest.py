@@ -17,6 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") == "gpu":
         return
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # the workers are as many as the cores
     if HAS_TRITON:
         from tests.kernels.interpreter import mend_bfloat16
 
