@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -29,18 +30,25 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+def pure(reason: str) -> list[Extension]:
+    """One line that says so; an extension of an earlier build in place would be loaded all the same."""
+    print(f"diffmoe-kernels: pure Python, {reason}", file=sys.stderr)
+    (ROOT / "diffmoe_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+    return []
+
+
 def extensions() -> list[Extension]:
     wanted = os.environ.get("DIFFMOE_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"DIFFMOE_BUILD_CUDA: expected 0, 1 or nothing, got {wanted!r}")
     if wanted == "0":
-        print("diffmoe-kernels: pure Python, since DIFFMOE_BUILD_CUDA=0", file=sys.stderr)
-        return []
+        return pure("since DIFFMOE_BUILD_CUDA=0")
     if find_nvcc() is None:
         if wanted == "1":
-            raise SystemExit("DIFFMOE_BUILD_CUDA=1, and there is no nvcc: put it on the PATH, or set CUDACXX or CUDA_HOME")
-        print("diffmoe-kernels: pure Python, since there is no nvcc", file=sys.stderr)
-        return []
+            raise SystemExit(
+                "DIFFMOE_BUILD_CUDA=1, and there is no nvcc: put it on the PATH, or set CUDACXX or CUDA_HOME"
+            )
+        return pure("since there is no nvcc")
     return [Extension("diffmoe_kernels._C", sources=[])]
 
 
@@ -62,8 +70,10 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         shutil.rmtree(folder, ignore_errors=True)  # of another environment's pybind11
+        own = str(Path(sys.executable).parent)  # an environment's cmake and ninja, activated or not
+        environment = os.environ | {"PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)])}
         for command in (configure, ["cmake", "--build", str(folder)]):
-            subprocess.run(command, check=True)
+            subprocess.run(command, env=environment, check=True)
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})

@@ -6,6 +6,7 @@
 #include "ops.h"
 
 namespace py = pybind11;
+using Released = py::call_guard<py::gil_scoped_release>;  // a full queue of launches makes only its own thread wait
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Kernels of diffmoe_kernels in CUDA C++.";
@@ -18,16 +19,16 @@ PYBIND11_MODULE(_C, module) {
 #endif
   module.def("why_no_device", &diffmoe::why_no_device);
 
-  module.def("gather", &diffmoe::gather);
-  module.def("gather_sum", &diffmoe::gather_sum);
-  module.def("unpermute_backward", &diffmoe::unpermute_backward);
+  module.def("gather", &diffmoe::gather, Released());
+  module.def("gather_sum", &diffmoe::gather_sum, Released());
+  module.def("unpermute_backward", &diffmoe::unpermute_backward, Released());
 
   module.def("router_chunks", &diffmoe::router_chunks);
-  module.def("router_topk", &diffmoe::router_topk);
-  module.def("router_topk_backward", &diffmoe::router_topk_backward);
+  module.def("router_topk", &diffmoe::router_topk, Released());
+  module.def("router_topk_backward", &diffmoe::router_topk_backward, Released());
 
   module.def("token_drop_chunks", &diffmoe::token_drop_chunks);
-  module.def("token_drop", &diffmoe::token_drop);
-  module.def("spread_gates", &diffmoe::spread_gates);
-  module.def("drop_choices", &diffmoe::drop_choices);
+  module.def("token_drop", &diffmoe::token_drop, Released());
+  module.def("spread_gates", &diffmoe::spread_gates, Released());
+  module.def("drop_choices", &diffmoe::drop_choices, Released());
 }

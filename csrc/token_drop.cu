@@ -34,6 +34,7 @@ __device__ inline int block_sum(int value, int* parts) {
   __syncthreads();
   int sum = 0;
   for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) sum += parts[warp];
+  __syncthreads();  // the caller may write parts
   return sum;
 }
 
@@ -367,13 +368,20 @@ int chunk_of(int64_t pool_size) {
 
 }  // namespace
 
-int token_drop_chunks(int64_t pool_size) { return static_cast<int>(ceil_div(pool_size, chunk_of(pool_size))); }
+int token_drop_chunks(int64_t pool_size) {
+  constexpr int64_t kMost = 65280 * kMaxChunks;  // a chunk's counts have 16 bits each
+  if (pool_size < 1 || pool_size > kMost) {
+    throw std::invalid_argument("pool_size: expected 1 to " + std::to_string(kMost) + ", got " +
+                                std::to_string(pool_size));
+  }
+  return static_cast<int>(ceil_div(pool_size, chunk_of(pool_size)));
+}
 
 void token_drop(Pointer scores, Pointer logits, Pointer thresholds, Pointer cuts, Pointer ties, Pointer wanted,
                 Pointer counts, Pointer gates, Pointer token_indices, Pointer group_offsets, Pointer token_offsets,
                 Pointer token_rows, Pointer num_dropped, int num_pools, int64_t pool_size, int num_experts,
                 int capacity, int64_t num_rows, int scores_type, int logits_type, bool by_token, Stream stream) {
-  const int chunk = chunk_of(pool_size), num_chunks = token_drop_chunks(pool_size);
+  const int num_chunks = token_drop_chunks(pool_size), chunk = chunk_of(pool_size);
   if (num_experts > kMaxExperts) {
     throw std::invalid_argument("num_experts: expected at most 256, got " + std::to_string(num_experts));
   }

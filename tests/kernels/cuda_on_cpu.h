@@ -66,8 +66,8 @@ inline Block block;
 inline std::vector<std::string> launched;
 inline int order_seed = 0;
 
-// Of warps, each as far as it gets without the others, of a warp's threads and of blocks: 0 in order, -1 backwards, else
-// shuffled by it.
+// Of warps, each as far as it gets without the others, of a warp's threads and of blocks: 0 in order, -1 backwards,
+// else shuffled by it.
 inline void set_thread_order(int seed) { order_seed = seed; }
 
 inline std::vector<int> order_of(int count, int salt) {
@@ -163,6 +163,10 @@ inline void run_block(int index, int threads) {
     if (std::all_of(begin, end, [](const Fiber& fiber) { return fiber.state == State::kDone; })) return;
     if (std::any_of(begin, end, [](const Fiber& fiber) { return fiber.state == State::kInWarp; })) {
       throw std::logic_error("a warp's threads wait for others of it that are at a barrier of the block");
+    }
+    // CUDA lets those that have ended be absent; in these kernels that would be a mistake.
+    if (std::any_of(begin, end, [](const Fiber& fiber) { return fiber.state == State::kDone; })) {
+      throw std::logic_error("some threads wait at a barrier of the block, others have ended");
     }
     for (Fiber& fiber : block.fibers) {
       if (fiber.state == State::kAtBlockBarrier) fiber.state = State::kReady;

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffmoe_kernels import Routing, ops
+from diffmoe_kernels.cuda_support import ON_CPU, extension
 from diffmoe_kernels.testing import (
     ROUTING_KINDS,
     assert_close,
@@ -16,7 +17,7 @@ from tests.ops.backends import KERNELS
 
 BACKENDS = ["reference", *KERNELS]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SIZES = [(11, 5, 2, 6), (1, 1, 1, 1), (1, 3, 3, 7), (40, 4, 1, 3)]  # T, E, K, D
+SIZES = [(11, 5, 2, 6), (1, 1, 1, 1), (1, 3, 3, 7), (40, 4, 1, 3), (70, 5, 3, 264)]  # T, E, K, D
 
 
 def dtypes_of(backend):
@@ -74,7 +75,7 @@ def test_unpermute(kind, hidden_size, backend):
             check_accuracy(ours, lambda rows, weights: unpermute_loop(rows, weights, ids), dtype, inputs)
 
 
-@pytest.mark.parametrize("num_tokens, num_experts, top_k, hidden_size", SIZES)
+@pytest.mark.parametrize("num_tokens, num_experts, top_k, hidden_size", SIZES[:4])
 def test_gradcheck(num_tokens, num_experts, top_k, hidden_size):
     ids, weights = random_topk(num_tokens, num_experts, top_k, kind="dropped")
     x = torch.randn(num_tokens, hidden_size, dtype=torch.float64, requires_grad=True)
@@ -124,6 +125,31 @@ def test_any_strides():
     x = torch.randn(6, 4, requires_grad=True)
     ops.unpermute(ops.permute(x, routing), routing).sum().backward()  # a gradient of stride 0
     assert_close(x.grad, weights.float().sum(1, keepdim=True).expand(6, 4))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_rows_that_begin_at_no_16_bytes(dtype, backend):
+    ids, weights = random_topk(70, 5, 3, kind="dropped")
+    routing = Routing.from_topk(ids, weights.float(), 5)
+    for offset in (0, 1):
+        x = torch.randn(70 * 264 + offset).to(dtype)[offset:].view(70, 264).requires_grad_()
+        results = {}
+        for which in (backend, "reference"):
+            y = ops.unpermute(ops.permute(x, routing, backend=which), routing, backend=which)
+            results[which] = y, *torch.autograd.grad(y, x, x.detach())
+        for ours, expected in zip(*results.values(), strict=True):
+            assert_close(ours, expected)
+
+
+@pytest.mark.skipif(not ON_CPU, reason="runs on the extension built for a CPU")
+@pytest.mark.parametrize("order", [-1, 1])
+def test_threads_in_any_order(order):
+    try:
+        extension.set_thread_order(order)
+        test_rows_that_begin_at_no_16_bytes(torch.float32, "cuda")
+    finally:
+        extension.set_thread_order(0)
 
 
 def test_no_tokens():

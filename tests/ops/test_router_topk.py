@@ -197,7 +197,7 @@ LOGITS = torch.zeros(5, 6)
             {"num_groups": 3, "top_k": 3},
         ),
         (ValueError, "backend: expected one of 'auto', .*, got 'fast'", LOGITS, {"backend": "fast"}),
-        (NotImplementedError, "router_topk: there is no 'cuda' backend", LOGITS, {"backend": "cuda"}),
+        (NotImplementedError, "router_topk: backend 'cuda' can't run", LOGITS.double(), {"backend": "cuda"}),
     ],
 )
 def test_rejects_bad_input(error, message, logits, options):

@@ -68,7 +68,9 @@ def test_256_experts_and_one_more():
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
-@pytest.mark.parametrize("num_tokens, num_experts, top_k, capacity", [(1, 1, 1, 0), (70, 6, 2, 20), (700, 4, 3, 500)])
+@pytest.mark.parametrize(
+    "num_tokens, num_experts, top_k, capacity", [(1, 1, 1, 0), (70, 6, 2, 20), (700, 4, 3, 500), (700, 4, 3, 0)]
+)
 def test_choices_past_the_capacity(num_tokens, num_experts, top_k, capacity, dtype, order):
     """A token may name an expert twice, and some slots are dropped already."""
     for kind in KINDS:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from diffmoe_kernels import ExpertChoiceMoE, MoE, Routing, ops
 from diffmoe_kernels.testing import assert_close, random_topk
 from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED
+from tests.ops.backends import KERNELS
 from tests.ops.on_kernels import ON_KERNELS, experts
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -46,13 +47,18 @@ def opcheck(name: str, arguments: tuple) -> None:
     torch.library.opcheck(getattr(torch.ops.diffmoe_kernels, name).default, arguments, test_utils=CHECKS)
 
 
-def test_opcheck_of_movement():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck_of_movement(backend):
     # All rows are valid: what a kernel leaves unwritten differs from run to run.
     routing = routing_of("balanced", requires_grad=False)
     gates = routing.gates.clone().requires_grad_()
     rows = torch.randn(NUM_TOKENS * TOP_K, HIDDEN, requires_grad=True)
-    opcheck("permute", (tokens(), *maps(routing)))
-    opcheck("unpermute", (rows, gates, *maps(routing)))
+    token_indices, group_offsets, token_offsets, token_rows = maps(routing)
+    opcheck("permute", (tokens(), *maps(routing), backend))
+    opcheck("permute_backward", (rows.detach(), token_offsets, token_rows, backend))
+    opcheck("unpermute", (rows, gates, *maps(routing), backend))
+    known = tokens().detach(), rows.detach(), gates.detach(), token_indices, group_offsets
+    opcheck("unpermute_backward", (*known, backend))
 
 
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
