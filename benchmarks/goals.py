@@ -76,7 +76,8 @@ class Goal:
     def work(self) -> str:
         what = "saved for backward" if self.unit == "MiB" else self.direction
         masters = ", float32 masters" if "float32 masters" in self.ours[0] else ""
-        return f"{self.op} {self.name}, {what}{masters}"
+        cuda = ", CUDA" if self.ours == ("cuda",) else ""
+        return f"{self.op} {self.name}, {what}{masters}{cuda}"
 
     @property
     def bound(self) -> str:

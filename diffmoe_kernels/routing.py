@@ -175,15 +175,13 @@ def check_routing(routing: Routing) -> None:
     """Raises TypeError unless ``routing`` is a `Routing`, ValueError unless its tensors fit each other."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}; see Routing.from_topk")
-    num_rows, device = routing.token_indices.shape[0], routing.token_indices.device
-    for name in ("gates", "token_rows", "group_offsets", "token_offsets"):
-        tensor = getattr(routing, name)
-        if tensor.device != device:
-            raise ValueError(
-                f"routing: tensors on different devices: token_indices on {device}, {name} on {tensor.device}"
-            )
-        if name in ("gates", "token_rows") and tensor.shape[0] != num_rows:
-            raise ValueError(f"routing.{name}: expected {num_rows} rows as of token_indices, got {tensor.shape[0]}")
+    rows, device = routing.token_indices.shape, routing.token_indices.device
+    if routing.gates.shape != rows:
+        raise ValueError(f"routing.gates: expected shape {tuple(rows)}, got {tuple(routing.gates.shape)}")
+    for name in ("gates", "group_offsets", "token_offsets", "token_rows"):
+        if getattr(routing, name).device != device:
+            found = f"token_indices on {device}, {name} on {getattr(routing, name).device}"
+            raise ValueError(f"routing: tensors on different devices: {found}")
 
 
 def _arange(length: int, like: Tensor) -> Tensor:

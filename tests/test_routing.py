@@ -1,7 +1,7 @@
 """`Routing`: examples, gradients, container behaviour and errors. Properties are in test_routing_properties.py."""
 
 import copy
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
@@ -173,3 +173,17 @@ def test_from_topk_rejects(error, message, build):
 def test_from_expert_choice_rejects(error, message, build):
     with pytest.raises(error, match=message):
         Routing.from_expert_choice(*build)
+
+
+@pytest.mark.parametrize(
+    "error, message, changed",
+    [
+        (ValueError, r"routing.gates: expected shape \(8,\), got \(3,\)", {"gates": torch.ones(3)}),
+        (ValueError, "token_indices on cpu, gates on meta", {"gates": torch.ones(8, device="meta")}),
+        (ValueError, "token_indices on cpu, token_rows on meta", {"token_rows": torch.zeros(8, device="meta")}),
+    ],
+)
+def test_a_record_whose_tensors_do_not_fit(error, message, changed):
+    routing = replace(Routing.from_topk(IDS, WEIGHTS, 3), **changed)
+    with pytest.raises(error, match=message):
+        ops.permute(torch.zeros(4, 2), routing)
