@@ -129,6 +129,18 @@ def test_chunks_of_more_tokens_than_a_warp(backend, num_tokens):
 
 
 @pytest.mark.parametrize("backend", [CUDA])
+def test_chunks_of_more_tokens_than_a_block(backend):
+    """257 tokens a chunk, one more than `place_kernel` ranks at once; all its warps clear what they rank by."""
+    if not ON_CPU:
+        pytest.skip("the order is the GPU's")
+    try:
+        extension.set_thread_order(1)
+        check(backend, torch.randn(256 * 257, 48), 2)
+    finally:
+        extension.set_thread_order(0)
+
+
+@pytest.mark.parametrize("backend", [CUDA])
 @pytest.mark.parametrize("order", [-1, 1, 2])
 def test_threads_in_any_order(backend, order):
     """A barrier too few would let one thread read what another has not yet written."""

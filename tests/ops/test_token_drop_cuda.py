@@ -54,7 +54,7 @@ def test_predicted_is_the_references_choice(num_tokens, max_capacity, rule, orde
 
 @pytest.mark.parametrize("num_tokens", [16384, 16385, 70000])
 @pytest.mark.parametrize("kind", ["random", "ties"])
-def test_more_tokens_than_registers_hold(num_tokens, kind):
+def test_more_tokens_than_registers_hold(num_tokens, kind, order):
     """16 keys a thread at most; and chunks of 512 tokens, beyond 256 of 256."""
     scores = scores_like(kind, num_tokens, 2)
     assert_same(*(ops.token_drop(scores, num_tokens // 3, backend=backend) for backend in ("cuda", "reference")))
