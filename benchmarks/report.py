@@ -186,6 +186,13 @@ def tables(data: Mapping[str, Any], heading: str = "## ") -> str:
     return "\n\n".join(part for part in (origin(data), *parts, not_run(data), LEGEND) if part)
 
 
+def machine(data: Mapping[str, Any]) -> str:
+    """Its name, and of one without a GPU that cases are small there."""
+    run = data.get("run", {})
+    small = "" if run.get("compute_capability") else ": small sizes, not those of the models named here, and no speed"
+    return run.get("device", "an unknown machine") + small
+
+
 def write(data: Mapping[str, Any], folder: Path) -> list[Path]:
     """`report.md` and a PNG for each group, in a folder that is made where there is none; returns their paths.
 
@@ -197,10 +204,9 @@ def write(data: Mapping[str, Any], folder: Path) -> list[Path]:
     written[0].write_text(f"# Benchmarks\n\n{tables(data)}\n")
     from benchmarks.plots import bars
 
-    where = data.get("run", {}).get("device", "an unknown machine")
     for name, rows in groups(data).items():
         written.append(folder / f"{name.replace('+', '-and-').replace(', ', '-').replace(' ', '-')}.png")
-        bars(written[-1], name, where, rows)
+        bars(written[-1], name, machine(data), rows)
     return written
 
 

@@ -119,9 +119,21 @@ void with_runs(int type, int64_t columns, Function function, Addresses... addres
   });
 }
 
-__device__ inline float warp_sum(float x) {
+template <class T>
+__device__ T warp_sum(T x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kWholeWarp, x, step);
+  return x;
+}
+
+// Of a lane and all below it.
+__device__ inline int warp_running_sum(int x) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int below = __shfl_up_sync(kWholeWarp, x, step);
+    if (lane >= step) x += below;
+  }
   return x;
 }
 

@@ -42,6 +42,8 @@ void token_drop(Pointer scores, Pointer logits, Pointer thresholds, Pointer cuts
                 int capacity, int64_t num_rows, int scores_type, int logits_type, bool by_token, Stream stream);
 void spread_gates(Pointer grad_gates, Pointer group_offsets, Pointer token_offsets, Pointer token_rows,
                   Pointer grad_scores, int64_t num_tokens, int num_experts, int type, Stream stream);
+
+// token_choice_drop.cu
 void drop_choices(Pointer ids, Pointer scores, Pointer kept, Pointer num_dropped, int64_t num_slots, int num_experts,
                   int64_t capacity, bool wide_ids, int type, Stream stream);
 

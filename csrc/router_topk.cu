@@ -174,12 +174,7 @@ __global__ void __launch_bounds__(kPlaceThreads)
     for (int first = 0; first < num_experts; first += kWarp) {
       const int expert = first + lane;
       const int own = expert < num_experts ? totals[expert] : 0;
-      int sum = own;
-#pragma unroll
-      for (int step = 1; step < kWarp; step *= 2) {
-        const int below = __shfl_up_sync(kWholeWarp, sum, step);
-        if (lane >= step) sum += below;
-      }
+      int sum = warp_running_sum(own);
       if (expert < num_experts) {
         next_row[expert] += rows + sum - own;
         if (blockIdx.x == 0) group_offsets[expert] = rows + sum;

@@ -1,4 +1,4 @@
-// Capacity-based dynamic token dropping: expert choice in two launches, and the bound on token choice in one.
+// Capacity-based dynamic token dropping: expert choice in two launches.
 // T tokens in P pools of S, E experts, R rows, B chunks of a pool's tokens. A segment is one expert's scores in one
 // pool. Its cut: keys above it are chosen, and of those equal to it the first few, its ties, in token order.
 //
@@ -6,75 +6,20 @@
 // 2. place_kernel: a block sums the counts of the chunks before its own, and ranks its tokens by bits, one a token.
 #include "common.cuh"
 #include "ops.h"
-#include "order.cuh"
+#include "select.cuh"
 
 namespace diffmoe {
 namespace {
 
 constexpr int kMaxExperts = 256;
-constexpr int kCutThreads = 1024;
 constexpr int kHeld = 16;  // keys that a thread of cut_kernel keeps in registers
 constexpr int kPlaceThreads = 256;
 constexpr int kWords = kPlaceThreads / kWarp;
 constexpr int kMaxChunks = 256;  // of a pool: each block of place_kernel reads the counts of those before
-constexpr int kDigits = 256;
-constexpr unsigned kNotThere = 0;  // below the key of every float
 
 template <class T>
 __device__ bool passes(T logit, float threshold) {
   return 1.0f / (1.0f + expf(-to_float(logit))) > threshold;
-}
-
-// Sums by all threads of a block; every thread gets it. parts: a number a warp.
-__device__ inline int block_sum(int value, int* parts) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kWholeWarp, value, step);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  int sum = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) sum += parts[warp];
-  __syncthreads();  // the caller may write parts
-  return sum;
-}
-
-// Of the keys that for_each_key hands to its function, the one with so many above or equal to it, wanted of them: as
-// many as there are at least, and one at least. On return wanted is how many of those equal to it are among them.
-template <class ForEachKey>
-__device__ unsigned radix_select(ForEachKey for_each_key, int* wanted, int* histogram, int* parts, int* found) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  unsigned cut = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) histogram[digit] = 0;
-    __syncthreads();
-    for_each_key([&](unsigned key) {
-      if (shift == 24 || (key ^ cut) >> (shift + 8) == 0) atomicAdd(&histogram[key >> shift & (kDigits - 1)], 1);
-    });
-    __syncthreads();
-    // The largest digits first: thread t looks at digit 255 - t.
-    const bool looks = threadIdx.x < kDigits;
-    const int own = looks ? histogram[kDigits - 1 - threadIdx.x] : 0;
-    int sum = own;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int below = __shfl_up_sync(kWholeWarp, sum, step);
-      if (lane >= step) sum += below;
-    }
-    if (looks && lane == kWarp - 1) parts[warp] = sum;
-    __syncthreads();
-    if (looks) {
-      for (int before = 0; before < warp; ++before) sum += parts[before];
-      if (sum >= *wanted && sum - own < *wanted) {  // one thread's
-        found[0] = kDigits - 1 - threadIdx.x;
-        found[1] = sum - own;
-      }
-    }
-    __syncthreads();
-    cut |= static_cast<unsigned>(found[0]) << shift;
-    *wanted -= found[1];
-    __syncthreads();
-  }
-  return cut;
 }
 
 // scores (T, E), logits (T, E) and thresholds (E,), or neither -> cuts, ties (P, E), wanted (E,) where predicted,
@@ -181,12 +126,7 @@ __global__ void __launch_bounds__(kPlaceThreads)
     for (int base = 0; base < num_experts; base += kWarp) {
       const int expert = base + lane;
       const int own = expert < num_experts ? size_of(expert) : 0;
-      int sum = own;
-#pragma unroll
-      for (int step = 1; step < kWarp; step *= 2) {
-        const int below = __shfl_up_sync(kWholeWarp, sum, step);
-        if (lane >= step) sum += below;
-      }
+      int sum = warp_running_sum(own);
       if (expert < num_experts) {
         starts[expert] = rows + sum - own + pool * capacity;
         if (blockIdx.x == 0) group_offsets[expert] = rows + sum;
@@ -196,8 +136,7 @@ __global__ void __launch_bounds__(kPlaceThreads)
     }
     if (lane == 0) total_rows = rows;
     if (predicted && blockIdx.x == 0) {
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2) dropped += __shfl_xor_sync(kWholeWarp, dropped, step);
+      dropped = warp_sum(dropped);
       if (lane == 0) *num_dropped = dropped;
     }
   }
@@ -252,12 +191,7 @@ __global__ void __launch_bounds__(kPlaceThreads)
     };
     int own = 0;
     for (int expert = 0; expert < num_experts; ++expert) own += row_of(expert) >= 0;
-    int sum = own;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int below = __shfl_up_sync(kWholeWarp, sum, step);
-      if (lane >= step) sum += below;
-    }
+    int sum = warp_running_sum(own);
     if (lane == kWarp - 1) parts[warp] = sum;
     __syncthreads();
     int next = slot + sum - own;
@@ -315,47 +249,6 @@ __global__ void __launch_bounds__(kPlaceThreads)
   grad_scores[at] = from_float<T>(grad);
 }
 
-// ids (R,), scores (R,) -> kept (R,), a copy of the ids: -1 in those past an expert's best, num_dropped (E,)
-template <class I, class S>
-__global__ void __launch_bounds__(kCutThreads)
-    drop_choices_kernel(const I* __restrict__ ids, const S* __restrict__ scores, I* __restrict__ kept,
-                        int64_t* __restrict__ num_dropped, int64_t num_slots, int capacity) {
-  __shared__ int histogram[kDigits];
-  __shared__ int parts[kCutThreads / kWarp];
-  __shared__ int found[2];
-  const int expert = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const auto for_each_key = [&](auto function) {
-    for (int64_t slot = threadIdx.x; slot < num_slots; slot += kCutThreads) {
-      if (ids[slot] == expert) function(key_of(to_float(scores[slot])));
-    }
-  };
-  int size = 0;
-  for_each_key([&](unsigned) { ++size; });
-  size = block_sum(size, parts);
-  if (threadIdx.x == 0) num_dropped[expert] = max(size - capacity, 0);
-  if (size <= capacity) return;
-  int ties = capacity;
-  unsigned cut = 0xffffffffu;
-  if (capacity > 0) cut = radix_select(for_each_key, &ties, histogram, parts, found);
-  int before = 0;  // keys equal to the cut in earlier slots
-  for (int64_t base = 0; base < num_slots; base += kCutThreads) {
-    const int64_t slot = base + threadIdx.x;
-    const bool mine = slot < num_slots && ids[slot] == expert;
-    const unsigned key = mine ? key_of(to_float(scores[slot])) : kNotThere;
-    const bool is_equal = mine && key == cut;
-    const unsigned bits = __ballot_sync(kWholeWarp, is_equal);
-    if (lane == 0) parts[warp] = __popc(bits);
-    __syncthreads();
-    int rank = before + __popc(bits & ((1u << lane) - 1));
-    for (int other = 0; other < kCutThreads / kWarp; ++other) {
-      if (other < warp) rank += parts[other];
-      before += parts[other];
-    }
-    if (mine && (key < cut || (is_equal && rank >= ties))) kept[slot] = -1;
-    __syncthreads();
-  }
-}
-
 // Calls function(S{}, L{}) with the types of scores and of what is predicted.
 template <class Function>
 void with_types(int scores_type, int logits_type, Function function) {
@@ -410,24 +303,6 @@ void spread_gates(Pointer grad_gates, Pointer group_offsets, Pointer token_offse
            stream, pointer<const float>(grad_gates), pointer<const int>(group_offsets),
            pointer<const int>(token_offsets), pointer<const int>(token_rows), pointer<T>(grad_scores),
            num_tokens * num_experts, num_experts);
-  });
-}
-
-void drop_choices(Pointer ids, Pointer scores, Pointer kept, Pointer num_dropped, int64_t num_slots, int num_experts,
-                  int64_t capacity, bool wide_ids, int type, Stream stream) {
-  const int most = static_cast<int>(std::min(capacity, num_slots));
-  with_type(type, [&](auto zero) {
-    using S = decltype(zero);
-    const auto go = [&](auto id) {
-      using I = decltype(id);
-      launch("drop_choices", drop_choices_kernel<I, S>, num_experts, kCutThreads, stream, pointer<const I>(ids),
-             pointer<const S>(scores), pointer<I>(kept), pointer<int64_t>(num_dropped), num_slots, most);
-    };
-    if (wide_ids) {
-      go(int64_t{});
-    } else {
-      go(int{});
-    }
   });
 }
 

@@ -122,6 +122,11 @@ def test_files_that_it_writes(tmp_path, capsys) -> None:
         assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > 0.01
 
 
+def test_pictures_of_a_cpu_say_that_cases_are_small() -> None:
+    assert report.machine(DATA) == "NVIDIA H200"
+    assert report.machine({"run": {"device": "a CPU"}}).startswith("a CPU: small sizes, not those of the models")
+
+
 def test_what_is_no_file(tmp_path, capsys) -> None:
     assert report.main([str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
