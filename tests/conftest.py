@@ -5,6 +5,8 @@
 
 import importlib.util
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 def pytest_configure(config: pytest.Config) -> None:
     """A process interprets kernels or compiles them: that is settled before CUDA starts and Triton is imported."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # graphs that an earlier code compiled would be taken for this one's
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="inductor-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     if config.getoption("markexpr") == "gpu":
         return
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}

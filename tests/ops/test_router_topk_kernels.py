@@ -199,8 +199,9 @@ def test_opcheck(backend, with_bias):
     bias = torch.randn(6) if with_bias else None
     torch.library.opcheck(_library._router_topk, (logits, bias, 2, True, 3, 2, -math.inf, True, 0.5, backend))
     out = _library._router_topk(logits.detach(), bias, 2, False, 1, 1, 0.0, True, 0.5, backend)
-    saved = out[1], out[3], out[7], False, True, 0.5, torch.bfloat16, backend
-    torch.library.opcheck(_library._router_topk_backward, (torch.randn(7, 2), None, torch.randn(14), *saved))
+    saved, options = (out[1], out[3], out[7]), (False, True, 0.5, torch.bfloat16, backend)
+    grads = torch.randn(7, 2), None, torch.randn(14)
+    torch.library.opcheck(_library._router_topk_backward, (*saved, *grads, *options))
 
 
 def test_compiles_whole(backend):

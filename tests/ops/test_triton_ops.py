@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from diffmoe_kernels import ExpertChoiceMoE, MoE, Routing, ops
+from diffmoe_kernels.operator import OVERLOAD
 from diffmoe_kernels.testing import assert_close, random_topk
 from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED
 from tests.ops.backends import KERNELS
@@ -44,7 +45,7 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 
 def opcheck(name: str, arguments: tuple) -> None:
-    torch.library.opcheck(getattr(torch.ops.diffmoe_kernels, name).default, arguments, test_utils=CHECKS)
+    torch.library.opcheck(getattr(getattr(torch.ops.diffmoe_kernels, name), OVERLOAD), arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator
+from diffmoe_kernels.operator import operator, register_autograd
 from diffmoe_kernels.ops.adaln._triton import modulate, modulate_backward
 from diffmoe_kernels.triton_support import why_not_triton
 
@@ -21,7 +21,7 @@ def _adaln(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm:
     return modulate(x, None, (shift, scale), weight, norm, eps)[1]
 
 
-@_adaln.register_fake
+@torch.library.register_fake(_adaln)
 def _(x, shift, scale, weight, norm, eps):
     return torch.empty_like(x)
 
@@ -34,7 +34,7 @@ def _adaln_backward(
     return _empty_for_none(x, grads[0], *grads[3:])
 
 
-@_adaln_backward.register_fake
+@torch.library.register_fake(_adaln_backward)
 def _(grad, x, scale, weight, norm, eps, shift_dtype):
     by_shift, by_scale = (x.new_empty(scale.shape, dtype=dtype) for dtype in (shift_dtype, scale.dtype))
     return _empty_for_none(x, torch.empty_like(x), by_shift, by_scale, None if weight is None else weight.clone())
@@ -54,7 +54,7 @@ def _backward_of_adaln(ctx, grad):
     return *_needed(ctx, grads), None, None
 
 
-_adaln.register_autograd(_backward_of_adaln, setup_context=_save_for_adaln)
+register_autograd(_adaln, _backward_of_adaln, setup_context=_save_for_adaln)
 
 
 @operator("gated_residual")
@@ -62,7 +62,7 @@ def _gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return modulate(x, (y, gate), None, None, "none", 0.0)[0]
 
 
-@_gated_residual.register_fake
+@torch.library.register_fake(_gated_residual)
 def _(x, y, gate):
     return torch.empty_like(x)
 
@@ -73,7 +73,7 @@ def _gated_residual_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Ten
     return modulate_backward(grad, None, grad, (y, gate), None, None, "none", 0.0)[1:3]
 
 
-@_gated_residual_backward.register_fake
+@torch.library.register_fake(_gated_residual_backward)
 def _(grad, y, gate):
     return torch.empty_like(y), gate.new_empty(gate.shape)
 
@@ -89,7 +89,7 @@ def _backward_of_gated_residual(ctx, grad):
     return _needed(ctx, (grad, *_gated_residual_backward(grad, *ctx.saved_tensors)))
 
 
-_gated_residual.register_autograd(_backward_of_gated_residual, setup_context=_save_for_gated_residual)
+register_autograd(_gated_residual, _backward_of_gated_residual, setup_context=_save_for_gated_residual)
 
 
 @operator("gated_residual_adaln")
@@ -106,15 +106,15 @@ def _gated_residual_adaln(
     return modulate(x, (y, gate), (shift, scale), weight, norm, eps)
 
 
-@_gated_residual_adaln.register_fake
+@torch.library.register_fake(_gated_residual_adaln)
 def _(x, y, gate, shift, scale, weight, norm, eps):
     return torch.empty_like(x), torch.empty_like(x)
 
 
 @operator("gated_residual_adaln_backward")
 def _gated_residual_adaln_backward(
-    grad_stream: Tensor | None,
     grad: Tensor,
+    grad_stream: Tensor | None,
     stream: Tensor,
     y: Tensor,
     gate: Tensor,
@@ -131,8 +131,8 @@ def _gated_residual_adaln_backward(
     )
 
 
-@_gated_residual_adaln_backward.register_fake
-def _(grad_stream, grad, stream, y, gate, scale, weight, norm, eps, shift_dtype):
+@torch.library.register_fake(_gated_residual_adaln_backward)
+def _(grad, grad_stream, stream, y, gate, scale, weight, norm, eps, shift_dtype):
     vectors = (stream.new_empty(scale.shape, dtype=dtype) for dtype in (gate.dtype, shift_dtype, scale.dtype))
     by_weight = None if weight is None else weight.clone()
     return _empty_for_none(stream, torch.empty_like(stream), torch.empty_like(y), *vectors, by_weight)
@@ -150,11 +150,11 @@ def _backward_of_both(ctx, grad_stream, grad):
         _, y, gate, *_ = ctx.saved_tensors
         grads = (None, None) if grad_stream is None else _gated_residual_backward(grad_stream, y, gate)
         return *_needed(ctx, (grad_stream, *grads)), *(None,) * 5
-    grads = _gated_residual_adaln_backward(grad_stream, grad, *ctx.saved_tensors, *ctx.options)
+    grads = _gated_residual_adaln_backward(grad, grad_stream, *ctx.saved_tensors, *ctx.options)
     return *_needed(ctx, grads), None, None
 
 
-_gated_residual_adaln.register_autograd(_backward_of_both, setup_context=_save_for_both)
+register_autograd(_gated_residual_adaln, _backward_of_both, setup_context=_save_for_both)
 
 
 def _needed(ctx, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

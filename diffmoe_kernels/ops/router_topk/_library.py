@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import launchers, operator
+from diffmoe_kernels.operator import launchers, operator, register_autograd
 from diffmoe_kernels.ops.router_topk.outputs import outputs_of
 from diffmoe_kernels.ops.router_topk.reference import RouterTopK
 from diffmoe_kernels.routing import Routing
@@ -41,19 +41,19 @@ def _router_topk(
     )
 
 
-@_router_topk.register_fake
+@torch.library.register_fake(_router_topk)
 def _(router_logits, expert_bias, top_k, *options):
     return outputs_of(router_logits, top_k)
 
 
 @operator("router_topk_backward")
 def _router_topk_backward(
-    grad_weights: Tensor | None,
-    grad_scores: Tensor | None,
-    grad_gates: Tensor | None,
     scores: Tensor,
     topk_ids: Tensor,
     token_rows: Tensor,
+    grad_weights: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
     softmax: bool,
     normalize: bool,
     scaling_factor: float,
@@ -65,8 +65,8 @@ def _router_topk_backward(
     return kernels(backend).route_backward(*grads, *rest)
 
 
-@_router_topk_backward.register_fake
-def _(grad_weights, grad_scores, grad_gates, scores, *others):
+@torch.library.register_fake(_router_topk_backward)
+def _(scores, *others):
     return torch.empty_like(scores, dtype=others[-2])
 
 
@@ -82,11 +82,11 @@ def _save(ctx, inputs, output):
 def _backward(ctx, *grads):
     grad_logits = None
     if any(grad is not None for grad in grads[:3]):
-        grad_logits = _router_topk_backward(*grads[:3], *ctx.saved_tensors, *ctx.options)
+        grad_logits = _router_topk_backward(*ctx.saved_tensors, *grads[:3], *ctx.options)
     return grad_logits, *(None,) * 9
 
 
-_router_topk.register_autograd(_backward, setup_context=_save)
+register_autograd(_router_topk, _backward, setup_context=_save)
 
 
 def router_topk_on_kernels(
