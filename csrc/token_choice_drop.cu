@@ -6,63 +6,109 @@
 namespace diffmoe {
 namespace {
 
+constexpr int kHeld = 10240;  // slots of one expert in shared memory; of more, all are read again
+constexpr int kInFlight = 4;  // runs of ids that a thread reads at once
+
 // ids (R,), scores (R,) -> kept (R,), a copy of the ids: -1 in those past an expert's best, num_dropped (E,)
-template <class I, class S>
-__global__ void __launch_bounds__(kCutThreads)
+template <class I, int N, class S>
+__global__ void __launch_bounds__(kCutThreads, 1)
     drop_choices_kernel(const I* __restrict__ ids, const S* __restrict__ scores, I* __restrict__ kept,
-                        int64_t* __restrict__ num_dropped, int64_t num_slots, int capacity) {
+                        int64_t* __restrict__ num_dropped, int num_slots, int capacity) {
   __shared__ int histogram[kDigits];
   __shared__ int parts[kCutThreads / kWarp];
   __shared__ int found[2];
-  const int expert = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const auto for_each_key = [&](auto function) {
-    for (int64_t slot = threadIdx.x; slot < num_slots; slot += kCutThreads) {
-      if (ids[slot] == expert) function(key_of(to_float(scores[slot])));
+  __shared__ int held[kHeld];  // the expert's slots, in any order
+  __shared__ int size;
+  const int expert = blockIdx.x, lane = threadIdx.x % kWarp;
+  if (threadIdx.x == 0) size = 0;
+  __syncthreads();
+  // Each lane of a warp brings slots of the expert, a bit each.
+  const auto hold = [&](unsigned own, auto slot_of) {
+    if (!__any_sync(kWholeWarp, own != 0)) return;
+    const int sum = warp_running_sum(__popc(own));
+    int first = 0;
+    if (lane == kWarp - 1) first = atomicAdd(&size, sum);
+    int at = __shfl_sync(kWholeWarp, first, kWarp - 1) + sum - __popc(own);
+    for (; own != 0; own &= own - 1, ++at) {
+      if (at < kHeld) held[at] = slot_of(__ffs(own) - 1);
     }
   };
-  int size = 0;
-  for_each_key([&](unsigned) { ++size; });
-  size = block_sum(size, parts);
+  const unsigned runs = num_slots / N;
+  for (unsigned base = threadIdx.x; base - threadIdx.x < runs; base += kCutThreads * kInFlight) {
+    Run<I, N> some[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      some[i] = reinterpret_cast<const Run<I, N>*>(ids)[min(base + i * kCutThreads, runs - 1)];
+    }
+    unsigned own = 0;
+#pragma unroll
+    for (int bit = 0; bit < kInFlight * N; ++bit) {
+      const bool is_own = base + bit / N * kCutThreads < runs && some[bit / N].values[bit % N] == expert;
+      own |= static_cast<unsigned>(is_own) << bit;
+    }
+    hold(own, [&](int bit) { return static_cast<int>((base + bit / N * kCutThreads) * N + bit % N); });
+  }
+  const int rest = static_cast<int>(runs * N + threadIdx.x);  // fewer than a run's
+  hold(rest < num_slots && ids[rest] == expert, [&](int) { return rest; });
+  __syncthreads();
   if (threadIdx.x == 0) num_dropped[expert] = max(size - capacity, 0);
   if (size <= capacity) return;
-  int ties = capacity;
-  unsigned cut = 0xffffffffu;
-  if (capacity > 0) cut = radix_select(for_each_key, &ties, histogram, parts, found);
-  int before = 0;  // keys equal to the cut in earlier slots
-  for (int64_t base = 0; base < num_slots; base += kCutThreads) {
-    const int64_t slot = base + threadIdx.x;
-    const bool mine = slot < num_slots && ids[slot] == expert;
-    const unsigned key = mine ? key_of(to_float(scores[slot])) : kNotThere;
-    const bool is_equal = mine && key == cut;
-    const unsigned bits = __ballot_sync(kWholeWarp, is_equal);
-    if (lane == 0) parts[warp] = __popc(bits);
-    __syncthreads();
-    int rank = before + __popc(bits & ((1u << lane) - 1));
-    for (int other = 0; other < kCutThreads / kWarp; ++other) {
-      if (other < warp) rank += parts[other];
-      before += parts[other];
+  const auto for_each_slot = [&](auto function) {
+    if (size <= kHeld) {
+      for (int i = threadIdx.x; i < size; i += kCutThreads) function(held[i]);
+    } else {
+      for (int64_t slot = threadIdx.x; slot < num_slots; slot += kCutThreads) {
+        if (ids[slot] == expert) function(static_cast<int>(slot));
+      }
     }
-    if (mine && (key < cut || (is_equal && rank >= ties))) kept[slot] = -1;
-    __syncthreads();
+  };
+  const auto key_at = [&](int slot) { return key_of(to_float(scores[slot])); };
+  unsigned cut = 0xffffffffu;
+  int last = -1;  // slot that is kept of those equal to the cut
+  if (capacity > 0) {
+    int ties = capacity;
+    const auto keys = [&](auto function) { for_each_slot([&](int slot) { function(key_at(slot)); }); };
+    cut = radix_select(keys, &ties, histogram, parts, found);
+    const auto equals = [&](auto function) {
+      for_each_slot([&](int slot) {
+        if (key_at(slot) == cut) function(~static_cast<unsigned>(slot));
+      });
+    };
+    last = static_cast<int>(~radix_select(equals, &ties, histogram, parts, found));
   }
+  for_each_slot([&](int slot) {
+    const unsigned key = key_at(slot);
+    if (key < cut || (key == cut && slot > last)) kept[slot] = -1;
+  });
 }
 
 }  // namespace
 
 void drop_choices(Pointer ids, Pointer scores, Pointer kept, Pointer num_dropped, int64_t num_slots, int num_experts,
                   int64_t capacity, bool wide_ids, int type, Stream stream) {
+  if (num_slots > INT32_MAX) {
+    throw std::invalid_argument("num_slots: expected at most 2^31 - 1, got " + std::to_string(num_slots));
+  }
   const int most = static_cast<int>(std::min(capacity, num_slots));
   with_type(type, [&](auto zero) {
     using S = decltype(zero);
-    const auto go = [&](auto id) {
+    const auto go = [&](auto id, auto numbers) {
       using I = decltype(id);
-      launch("drop_choices", drop_choices_kernel<I, S>, num_experts, kCutThreads, stream, pointer<const I>(ids),
-             pointer<const S>(scores), pointer<I>(kept), pointer<int64_t>(num_dropped), num_slots, most);
+      launch("drop_choices", drop_choices_kernel<I, numbers(), S>, num_experts, kCutThreads, stream,
+             pointer<const I>(ids), pointer<const S>(scores), pointer<I>(kept), pointer<int64_t>(num_dropped),
+             static_cast<int>(num_slots), most);
+    };
+    const auto with_ids = [&](auto id) {
+      if (ids % 16 == 0) {
+        go(id, std::integral_constant<int, 16 / sizeof(id)>{});
+      } else {
+        go(id, std::integral_constant<int, 1>{});
+      }
     };
     if (wide_ids) {
-      go(int64_t{});
+      with_ids(int64_t{});
     } else {
-      go(int{});
+      with_ids(int{});
     }
   });
 }

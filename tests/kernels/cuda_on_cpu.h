@@ -4,6 +4,7 @@
 // Included before all else where sources are compiled as C++20.
 #pragma once
 
+#include <link.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -27,7 +28,8 @@
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time, so that static storage is the block's
+// One block at a time, so that static storage is the block's; a thread's, which is one piece that can be poisoned.
+#define __shared__ static thread_local
 
 using std::max, std::min;
 
@@ -177,6 +179,38 @@ inline void run_block(int index, int threads) {
 // The names of the kernels launched since it was asked last.
 inline std::vector<std::string> take_launched() { return std::exchange(launched, {}); }
 
+// All thread-local storage of this library: the blocks' shared memory, and some of pybind11's, which is put back.
+class SharedMemory {
+ public:
+  SharedMemory() {
+    dl_iterate_phdr(find, this);
+    kept_.assign(begin_, begin_ + size_);
+  }
+  ~SharedMemory() { std::copy(kept_.begin(), kept_.end(), begin_); }
+  void poison() { std::memset(begin_, 0xa5, size_); }
+
+ private:
+  static int find(dl_phdr_info* library, size_t, void* self) {
+    const auto here = reinterpret_cast<ElfW(Addr)>(&find);
+    bool is_this = false;
+    size_t size = 0;
+    for (int i = 0; i < library->dlpi_phnum; ++i) {
+      const ElfW(Phdr) & part = library->dlpi_phdr[i];
+      const ElfW(Addr) start = library->dlpi_addr + part.p_vaddr;
+      if (part.p_type == PT_LOAD && here >= start && here < start + part.p_memsz) is_this = true;
+      if (part.p_type == PT_TLS) size = part.p_memsz;
+    }
+    if (!is_this || library->dlpi_tls_data == nullptr) return 0;
+    static_cast<SharedMemory*>(self)->begin_ = static_cast<char*>(library->dlpi_tls_data);
+    static_cast<SharedMemory*>(self)->size_ = size;
+    return 1;
+  }
+
+  char* begin_ = nullptr;
+  size_t size_ = 0;
+  std::vector<char> kept_;
+};
+
 template <class Kernel>
 void run(const char* name, int64_t grid, int threads, Kernel kernel) {
   launched.emplace_back(name);
@@ -186,7 +220,11 @@ void run(const char* name, int64_t grid, int threads, Kernel kernel) {
   if (static_cast<int>(block.fibers.size()) < threads) block.fibers = std::vector<Fiber>(threads);
   blockDim.x = threads;
   gridDim.x = grid;
-  for (const int index : order_of(grid, -1)) run_block(index, threads);
+  SharedMemory shared;
+  for (const int index : order_of(grid, -1)) {
+    shared.poison();
+    run_block(index, threads);
+  }
 }
 
 // Meets the lanes of the mask; returns what each of the warp's 32 brought.

@@ -81,6 +81,28 @@ def test_choices_past_the_capacity(num_tokens, num_experts, top_k, capacity, dty
         assert ours.dtype == dtype and torch.equal(ours, expected) and torch.equal(count, right)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("most", [10240, 10241, 12000])
+def test_more_choices_of_one_expert_than_a_block_holds(most, dtype):
+    others = 11
+    ids, scores = torch.zeros(most + others, 1, dtype=dtype), torch.randint(9, (most + others, 1)).bfloat16()
+    ids[: 1000 * others : 1000] = 1
+    for capacity in (1, 6000, 10230, 10240):
+        ours, expected = (
+            ops.token_choice_drop(ids, scores, 2, capacity, backend=backend) for backend in ("cuda", "reference")
+        )
+        assert all(map(torch.equal, ours, expected)), capacity
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_choices_at_any_address(dtype):
+    ids, scores = torch.randint(-1, 3, (41, 3), dtype=dtype), torch.rand(41, 3)
+    for first in range(3):
+        own = ids[first:], scores[first:]
+        ours, expected = (ops.token_choice_drop(*own, 3, 7, backend=backend) for backend in ("cuda", "reference"))
+        assert all(map(torch.equal, ours, expected)), first
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_of_the_scores(dtype):
     scores = torch.rand(61, 3).to(dtype).requires_grad_()
