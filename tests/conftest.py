@@ -39,8 +39,9 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))
+        if item.get_closest_marker("slow") and config.getoption("markexpr") != "slow":
+            item.add_marker(pytest.mark.skip(reason="takes a quarter of an hour: pytest -m slow"))

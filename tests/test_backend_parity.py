@@ -9,10 +9,13 @@ import torch
 from benchmarks import backend_parity
 from benchmarks.parity import backends
 from benchmarks.parity.backends import Measure, Trained, blobs, compare_backends, train
+from diffmoe_kernels.triton_support import INTERPRETED
 from models import create_model
 
 TINY = {"hidden_size": 16, "depth": 2, "num_heads": 2, "num_experts": 4}
 BATCHES = blobs(12, 8)
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton, interpreted")
 
 
 def tiny(backend):
@@ -44,6 +47,26 @@ def test_pytorchs_own_path_ends_where_the_reference_does(make_model, dtype):
 
 def test_the_reference_is_at_no_distance_from_itself():
     assert [one.distance for one in compare_backends(tiny, BATCHES, backend="reference")] == [0.0, 0.0, 0.0]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("make_model", [tiny, tiny_diffmoe])
+def test_the_kernels_end_where_the_reference_does(make_model):
+    """A few steps in Triton's interpreter; `test_gpu_parity.py` has all on a GPU."""
+    for one in compare_backends(make_model, blobs(5, 4), backend="triton"):
+        assert one.passes, one
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("name, options", [("DSMoE-digits", {"moe_intermediate_size": 16}), ("DiffMoE-digits", {})])
+def test_200_steps_on_the_kernels_end_where_the_reference_does(name, options):
+    def make_model(backend):
+        return create_model(name, hidden_size=32, depth=2, num_heads=2, num_experts=4, **options, backend=backend)
+
+    for one in compare_backends(make_model, blobs(200, 8), backend="triton"):
+        print(name, one)
+        assert one.passes, one
 
 
 def wrong_gradient(backend):
