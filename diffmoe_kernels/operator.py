@@ -1,7 +1,7 @@
 """How kernels become torch operators.
 
-`torch.library.custom_op` would do the same for about twice the host's time: 10 us a call, 25 with a gradient. These
-register with the dispatcher as it does, but for its check that a kernel returns new memory, which opcheck makes.
+`torch.library.custom_op` would do the same for about twice the host's time (benchmarks/NOTES.md). These register with
+the dispatcher as it does, but for its check that a kernel returns new memory, which opcheck makes.
 """
 
 from __future__ import annotations

@@ -21,8 +21,10 @@ from benchmarks import goals, measure
 from benchmarks.adaln import AdaLNShape
 from benchmarks.cases import all_cases
 from benchmarks.files import load
+from benchmarks.launches import OPS, calls
 from benchmarks.registry import BOTH, FORWARD, GPU, AttentionShape, Case, Shape, Where
 from benchmarks.whole_models import ModelShape
+from diffmoe_kernels.backend import KERNEL_BACKENDS
 from diffmoe_kernels.triton_support import HAS_TRITON
 
 ROOT = Path(__file__).parents[1]
@@ -331,3 +333,18 @@ def test_a_budget_stops_what_has_not_begun(tmp_path) -> None:
     assert data["run"]["torch"] == torch.__version__
     assert [one["reason"] for one in data["not_run"]] == ["the budget of 0 s is spent"]
     assert "0 measured, 1 skipped, 0 failed" in goals.report(data)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_what_the_host_is_timed_on_gives_the_same(op, backend):
+    if reason := KERNEL_BACKENDS[backend](torch.empty(0)):
+        pytest.skip(reason)
+    found = []
+    for provider in (backend, "PyTorch"):
+        torch.manual_seed(0)
+        found.append(calls(op, provider, "cpu")())
+    if op == "router_topk":
+        routing = found[0].routing
+        found[0] = routing.token_indices.long(), routing.gates, routing.group_offsets
+    torch.testing.assert_close(*found)
