@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kCutThreads, 1)
     }
     hold(own, [&](int bit) { return static_cast<int>((base + bit / N * kCutThreads) * N + bit % N); });
   }
-  const int rest = static_cast<int>(runs * N + threadIdx.x);  // fewer than a run's
-  hold(rest < num_slots && ids[rest] == expert, [&](int) { return rest; });
+  const unsigned rest = runs * N + threadIdx.x;  // fewer than a run's
+  hold(rest < static_cast<unsigned>(num_slots) && ids[rest] == expert, [&](int) { return static_cast<int>(rest); });
   __syncthreads();
   if (threadIdx.x == 0) num_dropped[expert] = max(size - capacity, 0);
   if (size <= capacity) return;

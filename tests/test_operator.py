@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffmoe_kernels.operator import OVERLOAD, operator, register_autograd
 from diffmoe_kernels.version import __version__
@@ -89,3 +90,50 @@ def test_a_broken_graph_is_not_traced_on_inside_a_launcher(mode):
     with mode():
         torch.compile(lambda x: broken(x + 1) - 1, backend=keep)(torch.ones(3, requires_grad=mode is torch.enable_grad))
     assert len(graphs) == 2, "the sum and the difference"
+
+
+def test_forward_mode_is_refused():
+    """The tangent would be lost below autograd."""
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(lambda x: scale(x, 2.0), (torch.ones(3),), (torch.ones(3),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode AD"):
+        scale(forward_ad.make_dual(torch.ones(3), torch.ones(3)), 2.0)
+
+
+def test_operators_may_be_defined_again():
+    """As by a notebook that reloads modules."""
+    for wanted in (2.0, 3.0):
+
+        def times(x: Tensor, wanted=wanted) -> Tensor:
+            return x * wanted
+
+        def again(x: Tensor) -> Tensor:
+            return times(x)
+
+        assert operator("test_again")(again)(torch.ones(1)).item() == wanted
+
+
+def with_default(x: Tensor, factor: float = 2.0) -> Tensor:
+    return x * factor
+
+
+def with_list(x: Tensor, others: list[Tensor]) -> Tensor:
+    return x + sum(others)
+
+
+def with_keyword(x: Tensor, *, factor: float) -> Tensor:
+    return x * factor
+
+
+def without_tensor(factor: float, x: Tensor) -> Tensor:
+    return x * factor
+
+
+def with_optional(x: Tensor | None, factor: float) -> Tensor:
+    return x * factor
+
+
+@pytest.mark.parametrize("function", [with_default, with_list, with_keyword, without_tensor, with_optional])
+def test_arguments_that_gradients_would_miss_are_refused(function):
+    with pytest.raises(TypeError, match="expected a tensor first, no defaults, no lists"):
+        operator("test_refused")(function)

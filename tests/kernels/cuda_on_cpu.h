@@ -184,6 +184,7 @@ class SharedMemory {
  public:
   SharedMemory() {
     dl_iterate_phdr(find, this);
+    if (begin_ == nullptr) throw std::logic_error("the library's thread-local storage is not found");
     kept_.assign(begin_, begin_ + size_);
   }
   ~SharedMemory() { std::copy(kept_.begin(), kept_.end(), begin_); }

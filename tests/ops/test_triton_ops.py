@@ -190,6 +190,11 @@ def test_a_second_derivative_is_refused(backend):
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered|does not require grad"):
         torch.autograd.grad(grad.sum(), x)
+    (grad,) = torch.autograd.grad(
+        experts(x.detach(), routing, **weights, backend=backend).sum(), weights["up_proj"], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(grad.square().sum() + weights["up_proj"].sum(), weights["up_proj"])
 
 
 @each_backend

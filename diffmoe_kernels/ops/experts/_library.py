@@ -118,10 +118,11 @@ def _(grad, x, gates, token_indices, group_offsets, token_offsets, token_rows, u
 
 
 def _save(ctx, inputs, output):
-    x, gates, up_master, _, up_bias_master, down_bias_master, residual, *maps = inputs[:11]
+    x, gates, up_master, down_master, up_bias_master, down_bias_master, residual, *maps = inputs[:11]
     up, down, _, down_bias, activation, _, products = inputs[11:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
+    ctx.masters = up_master, down_master  # parameters, which are there anyway
     ctx.activation, ctx.products, ctx.weight_dtype = activation, products, up_master.dtype
     ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (up_bias_master, down_bias_master)]
     ctx.residual_dtype = None if residual is None else residual.dtype
@@ -138,6 +139,8 @@ def _backward(ctx, grad, _):
     grad_residual = grad.to(ctx.residual_dtype) if needs[6] else None
     if not any(needs[:6]):
         return *(None,) * 6, grad_residual, *(None,) * 11
+    if torch.is_grad_enabled():  # the casts hang on no graph, and a second derivative would miss the weights
+        tensors[6:8] = (one.to(tensors[0].dtype).contiguous() for one in ctx.masters)
     arguments = (ctx.activation, needs[0], needs_weights, ctx.weight_dtype, bias_dtype, ctx.products)
     grads = _experts_backward(grad, *tensors, pre, *arguments)
     return *(one if need else None for one, need in zip(grads, needs[:6], strict=True)), grad_residual, *(None,) * 11
