@@ -116,7 +116,7 @@ def saved_bytes(module: nn.Module, x: Tensor, *, compiled: bool = False) -> int:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would keep the graph that saved it for ever
 
     if compiled:  # hooks would have it compiled anew
         result = module(x)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,15 @@ def test_memory_kept_is_counted_once() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh())
     x = torch.randn(16, 8, requires_grad=True)
     assert measure.saved_bytes(layer, x) == (16 * 8 + 16 * 4) * 4  # the input and tanh's result; no parameter
+
+
+def test_counting_what_is_kept_leaves_nothing_behind() -> None:
+    """A graph that lived on would hold its memory, and its leaves to the stream that they were first used on."""
+    layer, x = Scaled(), torch.randn(16, 8, requires_grad=True)
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, results: seen.extend(map(weakref.ref, results)))
+    measure.saved_bytes(layer, x)
+    assert len(seen) == 2 and not any(one() is not None for one in seen)
 
 
 class Scaled(torch.nn.Module):
