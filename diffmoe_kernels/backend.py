@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels import cuda_support
-from diffmoe_kernels.checks import autocast_off
+from diffmoe_kernels.checks import autocast_is_on, autocast_off
 from diffmoe_kernels.cuda_support import why_not_cuda
 from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED, why_not_triton
 
@@ -83,6 +83,8 @@ def run(op: str, backend: str, implementations: Mapping[str, Implementation], *a
         reason = chosen.why_not(*args, **kwargs)
         if reason:
             raise NotImplementedError(f"{op}: backend {backend!r} can't run here: {reason}")
+    if not autocast_is_on(args[0]):
+        return chosen.function(*args, **kwargs)
     with autocast_off(args[0]):  # the public function has cast already
         return chosen.function(*args, **kwargs)
 

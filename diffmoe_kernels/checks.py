@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -31,9 +33,10 @@ def check_shape(name: str, tensor: Tensor | None, *shape: int | str) -> None:
     if tensor is None:
         return
     _check_tensor(name, tensor)
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
-    )
+    found = tensor.shape
+    fits = len(found) == len(shape)
+    for want, got in zip(shape, found, strict=False):
+        fits = fits and (isinstance(want, str) or want == got)
     if not fits:
         expected = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
@@ -55,6 +58,30 @@ def check_same_device(**tensors: Tensor | None) -> None:
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         raise ValueError("tensors on different devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items()))
+
+
+def why_no_kernel(tensor: Tensor, *, dtypes: Collection[torch.dtype], on_cpu: bool) -> str | None:
+    """Why this project's kernels, which take these dtypes, can't run on a tensor, or None; ``on_cpu``: for tests."""
+    if tensor.dtype not in dtypes:
+        return f"the kernels take {', '.join(str(one) for one in dtypes)}, not {tensor.dtype}"
+    if tensor.is_cuda:
+        return None if _major(tensor.device) >= 8 else "the kernels need a GPU of compute capability 8.0 or more"
+    if tensor.device.type != "meta" and not on_cpu:
+        return f"the tensors are on {tensor.device.type}, the kernels need a CUDA device"
+    return None
+
+
+def _major(device: torch.device) -> int:
+    """Of a GPU's compute capability."""
+    find = _find_major if torch.compiler.is_compiling() else _known_major  # Dynamo warns of a cache
+    return find(device)
+
+
+def _find_major(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).major
+
+
+_known_major = functools.cache(_find_major)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

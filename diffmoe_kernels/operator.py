@@ -1,7 +1,8 @@
 """How kernels become torch operators.
 
-`torch.library.custom_op` would do the same for about twice the host's time (benchmarks/NOTES.md). These register with
-the dispatcher as it does, but for its check that a kernel returns new memory, which opcheck makes.
+`torch.library.custom_op` would do the same for three times the host's time (benchmarks/NOTES.md). These register with
+the dispatcher as it does, but for its check that a kernel returns new memory, which opcheck makes; and where nothing
+would see the call pass, they call the kernel without it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.library import Library
 
@@ -25,26 +25,24 @@ from diffmoe_kernels.version import __version__
 # torch.export saved, and a checkpointing policy that names operators, is of one release.
 OVERLOAD = "v" + re.sub(r"\W", "_", __version__)
 _LIBRARIES: dict[str, Library] = globals().get("_LIBRARIES", {})  # a module that is reloaded defines its operators anew
-_GRADIENTS: dict[OpOverload, type[torch.autograd.Function]] = {}
+_dynamo = torch._C._dynamo.eval_frame.get_eval_frame_callback
+_num_dispatch_modes, _num_function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform, _tracer = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_profiler_is_on = torch._C._autograd._profiler_enabled
+_PLAIN = frozenset((torch.dtype, str, int, float, bool, type(None)))  # types of arguments that hide nothing
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
-    """Registers a function as the operator ``diffmoe_kernels::<name>``, which writes to none of its arguments.
+class Operator:
+    """The operator ``diffmoe_kernels::<name>``, which writes to none of its arguments.
 
-    Its first argument is a tensor, whose GPU is the current one while the function runs: kernels are launched there.
-    It has no defaults and no lists. `torch.library.register_fake` and `register_autograd` make it whole; without the
-    latter its backward raises.
+    Called in eager mode it goes to its function at once, unless something looks at operators: a compiler or a graph
+    that it broke, a mode, a subclass of tensors, a transform, a profiler, a tracer. Those meet ``overload``.
 
-    Raises:
-        TypeError: other arguments.
+    Attributes:
+        overload: as the dispatcher knows it.
     """
 
-    def register(function: Callable[..., Any]) -> OpOverload:
-        @torch._disable_dynamo  # where a graph broke, its tracing would go on inside the launcher
-        def on_its_device(first: Tensor, *args: Any) -> Any:
-            with torch.cuda.device_of(first):
-                return function(first, *args)
-
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
         if name in _LIBRARIES:
             _LIBRARIES.pop(name)._destroy()
         schema = f"{name}.{OVERLOAD}{torch.library.infer_schema(function, mutates_args=())}"
@@ -52,49 +50,93 @@ def operator(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
             raise TypeError(f"{schema}: expected a tensor first, no defaults, no lists and no keyword-only arguments")
         library = _LIBRARIES[name] = Library("diffmoe_kernels", "FRAGMENT")
         library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        overload = getattr(getattr(torch.ops.diffmoe_kernels, name), OVERLOAD)
-        library.impl(overload, on_its_device, "CompositeExplicitAutograd")
-        library.impl(overload, _differentiable(overload), "Autograd")
-        return overload
+        self.overload = getattr(getattr(torch.ops.diffmoe_kernels, name), OVERLOAD)
+        self._function = function
+        self._gradient = _gradient_of(self)
+        for method, key in ((self._on_its_device, "CompositeExplicitAutograd"), (self._differentiable, "Autograd")):
+            # Where a graph broke, tracing would go on inside the launcher.
+            library.impl(self.overload, torch._disable_dynamo(functools.partial(method)), key)
 
-    return register
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _unobserved(args):
+            return self.overload(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._gradient.apply(*args)
+        return self._on_its_device(*args)
 
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """`torch.library.register_fake`."""
+        return torch.library.register_fake(self.overload)(fake)
 
-def register_autograd(
-    overload: OpOverload, backward: Callable[..., Any], *, setup_context: Callable[..., None]
-) -> None:
-    """`torch.library.register_autograd` of an `operator`."""
-    gradient = _GRADIENTS[overload]
-    gradient.backward, gradient.save = staticmethod(backward), staticmethod(setup_context)
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """`torch.library.register_autograd`; without it the operator's backward raises."""
+        self._gradient.backward, self._gradient.save = staticmethod(backward), staticmethod(setup_context)
 
+    def _on_its_device(self, first: Tensor, *args: Any) -> Any:
+        """The function, with its first tensor's GPU the current one: kernels are launched there."""
+        if not first.is_cuda or first.get_device() == torch._C._cuda_getDevice():
+            return self._function(first, *args)
+        with torch.cuda.device_of(first):
+            return self._function(first, *args)
 
-def _differentiable(overload: OpOverload) -> Callable[..., Any]:
-    """The operator as autograd calls it."""
+    def _differentiable(self, *args: Any) -> Any:
+        """As autograd calls it."""
+        # With forward-mode derivatives about, a Function refuses them; below autograd they would be lost.
+        if forward_ad._current_level >= 0 or torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._gradient.apply(*args)
+        return self._below_autograd(*args)
 
-    def below_autograd(*args: Any) -> Any:
+    def _below_autograd(self, *args: Any) -> Any:
+        if _unobserved(args):
+            return self._on_its_device(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args)
+            return self.overload(*args)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Makes a function the `Operator` of that name.
+
+    Its first argument is a tensor; it has no defaults and no lists.
+
+    Raises:
+        TypeError: other arguments.
+    """
+    return functools.partial(Operator, name)
+
+
+def _unobserved(args: tuple[Any, ...]) -> bool:
+    """Whether nothing that looks at operators would see one with these arguments."""
+    for arg in args:
+        if type(arg) is Tensor or type(arg) is torch.nn.Parameter:
+            if arg.is_meta or arg.is_neg():  # another kernel; memory that holds the negative
+                return False
+        elif type(arg) not in _PLAIN:
+            return False
+    return (
+        _dynamo() is None
+        and not _num_dispatch_modes()
+        and not _num_function_modes()
+        and _transform() is None
+        and forward_ad._current_level < 0
+        and not _profiler_is_on()
+        and _tracer() is None
+    )
+
+
+def _gradient_of(operator: Operator) -> type[torch.autograd.Function]:
+    """What autograd's graph holds of it: a class of its own, by which profilers and errors name it."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = below_autograd(*args)
-        gradient.save(ctx, args, output)
+        output = operator._below_autograd(*args)
+        operator._gradient.save(ctx, args, output)
         return output
 
     def refuse(ctx: Any, *grads: Tensor | None) -> Any:
-        raise RuntimeError(f"{overload}: no autograd formula was registered")
+        raise RuntimeError(f"{operator.overload}: no autograd formula was registered")
 
     members = {"forward": forward, "backward": refuse, "save": lambda *_: None}
     members = {name: staticmethod(member) for name, member in members.items()}
-    gradient = _GRADIENTS[overload] = type(overload._opname, (torch.autograd.Function,), members)
-
-    @torch._disable_dynamo
-    def differentiable(*args: Any) -> Any:
-        # With forward-mode derivatives about, a Function refuses them; below autograd they would be lost.
-        if forward_ad._current_level >= 0 or torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return gradient.apply(*args)
-        return below_autograd(*args)
-
-    return differentiable
+    return type(operator.overload._opname, (torch.autograd.Function,), members)
 
 
 @functools.cache

@@ -206,14 +206,13 @@ def _exclusive_offsets(counts: Tensor) -> Tensor:
 def for_kernels(routing: Routing) -> Routing:
     """The record as the kernels read it: int32 indices and float32 gates, each without gaps; itself where it is so."""
     indices = (routing.token_indices, routing.group_offsets, routing.token_offsets, routing.token_rows)
-    if _is_plain(routing.gates, torch.float32) and all(_is_plain(one, torch.int32) for one in indices):
+    plain = routing.gates.dtype is torch.float32 and routing.gates.is_contiguous()
+    for one in indices:
+        plain = plain and one.dtype is torch.int32 and one.is_contiguous()
+    if plain:
         return routing
     token_indices, *offsets = (one.to(torch.int32).contiguous() for one in indices)
     return Routing(token_indices, routing.gates.to(torch.float32).contiguous(), *offsets)
-
-
-def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return tensor.dtype is dtype and tensor.is_contiguous()
 
 
 # Lets torch.compile, activation checkpointing and FSDP2 see the tensors inside.

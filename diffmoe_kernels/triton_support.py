@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.checks import why_no_kernel
+
 # Tensor descriptors came with Triton 3.4; an older one is as good as none.
 HAS_TRITON = all(importlib.util.find_spec(name) for name in ("triton", "triton.tools.tensor_descriptor"))
 if HAS_TRITON:
@@ -23,13 +25,7 @@ def why_not_triton(tensor: Tensor, *, dtypes: tuple[torch.dtype, ...] = DTYPES) 
     """Why no Triton kernel can run on this tensor, or None."""
     if not HAS_TRITON:
         return "triton is not installed: pip install 'diffmoe-kernels[triton]'"
-    if tensor.dtype not in dtypes:
-        return f"the kernels take {', '.join(str(one) for one in dtypes)}, not {tensor.dtype}"
-    if tensor.device.type not in ("cuda", "meta") and not INTERPRETED:
-        return f"the tensors are on {tensor.device.type}, the kernels need a CUDA device"
-    if tensor.is_cuda and torch.cuda.get_device_properties(tensor.device).major < 8:
-        return "the kernels need a GPU of compute capability 8.0 or more"
-    return None
+    return why_no_kernel(tensor, dtypes=dtypes, on_cpu=INTERPRETED)
 
 
 @dataclass(frozen=True)

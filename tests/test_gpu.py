@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +14,12 @@ from diffmoe_kernels import MoE, RoPEAttention
 from diffmoe_kernels.testing import assert_close
 from diffmoe_kernels.triton_support import HAS_TRITON
 from models import create_model
-from models.objectives import RectifiedFlow
+from models.objectives import RectifiedFlow, objective_for
 from tests.models.helpers import random_inputs, randomize
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parents[1]
+MIXTURES = ["DSMoE-digits", "DiffMoE-digits", "TC-DiT-digits", "EC-DiT-digits", "JiTMoE-digits"]
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
 LAYERS = {
@@ -94,7 +99,43 @@ def test_a_training_step_in_bfloat16(name) -> None:
             assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), key
 
 
-@pytest.mark.parametrize("name", ["DSMoE-digits", "DiffMoE-digits", "TC-DiT-digits", "EC-DiT-digits", "JiTMoE-digits"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_loss_of_a_model_waits_for_nothing(name) -> None:
+    model = randomize(create_model(name, backend="triton" if HAS_TRITON else "auto")).cuda()
+    x, t, labels = (tensor.cuda() for tensor in random_inputs(model, batch=16))
+    objective = objective_for(model, "auto")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            objective.loss(model, x, labels, t=t).loss.backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+OUTSIDE = """
+import torch
+from models.data import check_labels
+check_labels(torch.tensor([0, 9], device="cuda"), 10)
+torch.cuda.synchronize()
+print("those were inside", flush=True)
+check_labels(torch.tensor([0, 10], device="cuda"), 10)
+torch.cuda.synchronize()
+"""
+
+
+def test_labels_outside_are_refused_by_the_device() -> None:
+    """By an assertion, after which a process can't use the GPU any more."""
+    done = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "those were inside" in done.stdout and done.returncode, done.stderr
+    assert "labels must be in [0, 9]" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", MIXTURES)
 def test_a_model_fits_in_a_graph(name) -> None:
     """A step of sampling, on the kernels where triton is installed: nothing in it waits for the host."""
     model = randomize(create_model(name, backend="triton" if HAS_TRITON else "auto")).cuda().eval()

@@ -54,7 +54,7 @@ def rank_in_class(labels: Tensor, num_classes: int) -> Tensor:
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Refuse class labels that no class-conditional model of `num_classes` classes was trained on.
 
-    Reads values, so on a GPU it waits for the device: call it where data enters, never inside a model.
+    On a GPU it does not wait for the values: see `require`.
 
     Args:
         labels: (N,) integer tensor, N at least 1.
@@ -70,9 +70,27 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         raise TypeError(f"labels must be integers, got {labels.dtype}; pass class numbers as torch.int64")
     if labels.ndim != 1 or labels.numel() == 0:
         raise ValueError(f"labels must be 1-d with at least one entry, got shape {tuple(labels.shape)}")
-    outside = labels[(labels < 0) | (labels >= num_classes)]
-    if outside.numel():
-        raise ValueError(
-            f"labels must be in [0, {num_classes - 1}] for {num_classes} classes, "
-            f"got {outside.unique()[:5].tolist()} ({outside.numel()} of {labels.numel()} labels); correct those labels"
-        )
+    require(
+        (labels >= 0) & (labels < num_classes),
+        f"labels must be in [0, {num_classes - 1}] for {num_classes} classes",
+        lambda outside: (
+            f"{labels[outside].unique()[:5].tolist()} ({outside.sum()} of {len(labels)} labels); correct those labels"
+        ),
+    )
+
+
+def require(holds: Tensor, rule: str, found: Callable[[Tensor], str]) -> None:
+    """Refuses values that break a rule, without a wait for the GPU that they may be on.
+
+    Args:
+        holds: bool, of each value.
+        rule: for the message.
+        found: what there is instead, from the values' places.
+
+    Raises:
+        ValueError: some do not, on a CPU. On a GPU an assertion of the device fails, which the next wait for it raises.
+    """
+    if holds.is_cuda:
+        torch._assert_async(holds.all(), rule)
+    elif not holds.all():
+        raise ValueError(f"{rule}, got {found(~holds)}")

@@ -90,7 +90,8 @@ class Objective(ABC):
             noise: (N, C, H, W); standard normal by default.
 
         Raises:
-            TypeError, ValueError: an empty batch, labels or times out of range, shapes that do not fit.
+            TypeError, ValueError: an empty batch, labels or times out of range (on a GPU, which is not waited for, an
+                assertion of the device fails instead), shapes that do not fit.
         """
         _check_batch("x", x)
         self.check_model(model)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.data.splits import require
 from models.objectives.base import Objective, Predict, check_numbers, check_settings
 
 NUM_STEPS = 1000
@@ -69,11 +70,11 @@ class DDPM(Objective):
             raise TypeError(
                 f"t must be integers (torch.int64), got {t.dtype}: DDPM times are step numbers, not fractions of a path"
             )
-        outside = t[(t < 0) | (t >= NUM_STEPS)]
-        if outside.numel():
-            raise ValueError(
-                f"t must be in [0, {NUM_STEPS - 1}] (0 is nearly data), got {outside[:5].tolist()}: pass step numbers"
-            )
+        require(
+            (t >= 0) & (t < NUM_STEPS),
+            f"t must be in [0, {NUM_STEPS - 1}] (0 is nearly data)",
+            lambda outside: f"{t[outside][:5].tolist()}: pass step numbers",
+        )
 
     def pick_method(self, method: str | None, steps: int | None) -> tuple[str, int | None]:
         method, steps = super().pick_method(method, steps)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.checks import at_least_float32
+from models.data.splits import require
 from models.objectives.base import Objective, Predict, check_numbers, check_settings
 
 
@@ -50,12 +51,13 @@ class RectifiedFlow(Objective):
     def check_times(self, t: Tensor) -> None:
         if not t.is_floating_point():
             raise TypeError(f"t must be float, got {t.dtype}: flow times lie in [0, 1], they are not step numbers")
-        inside = (t >= 0) & (t <= 1)
-        if not inside.all():
-            raise ValueError(
-                f"t must be in [0, 1] (0 is noise, 1 is data), got {t[~inside][:5].tolist()}: "
-                "pass the fraction of the path, not a diffusion step or t * 1000"
-            )
+        require(
+            (t >= 0) & (t <= 1),
+            "t must be in [0, 1] (0 is noise, 1 is data)",
+            lambda outside: (
+                f"{t[outside][:5].tolist()}: pass the fraction of the path, not a diffusion step or t * 1000"
+            ),
+        )
 
     def velocity(self, prediction: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """What the first channels of the model's output mean at z (N, C, H, W) and t (N, 1, 1, 1)."""

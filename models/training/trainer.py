@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from models import create_model
-from models.data import load_dataset, save_grid
+from models.data import check_labels, load_dataset, save_grid
 from models.files import write_atomically
 from models.objectives import objective_for
 from models.sample import balanced_labels, check_decodable, sample_images, to_images
@@ -154,6 +154,7 @@ class Trainer:
         """
         if hasattr(self.model, "set_training_step"):  # a capacity schedule
             self.model.set_training_step(self.step)
+        check_labels(labels, self.model.num_classes)  # before they are on a GPU, where that is harder to read
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         images = images if self.data.draw is None else self.data.draw(images)
         t, noise = self.objective.draw_times(len(images), self.device), torch.randn_like(images)

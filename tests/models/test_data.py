@@ -20,6 +20,7 @@ from models.data import (
     save_npz,
     to_uint8,
 )
+from models.data.splits import require
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +275,19 @@ def test_grid_labels_stand_left_and_above(tmp_path):
 def test_grid_refuses(tmp_path, count, columns, labels, message):
     with pytest.raises(ValueError, match=message):
         save_grid(tmp_path / "grid.png", random_uint8(count), columns, **labels)
+
+
+class OnAGPU:
+    """Truth values that nobody may wait for."""
+
+    is_cuda = True
+
+    def all(self) -> str:
+        return "all of them"
+
+
+def test_values_on_a_gpu_are_left_to_the_device(monkeypatch):
+    asserted = []
+    monkeypatch.setattr(torch, "_assert_async", lambda *args: asserted.append(args))
+    require(OnAGPU(), "labels must be in [0, 9]", lambda outside: "read on the host")
+    assert asserted == [("all of them", "labels must be in [0, 9]")]

@@ -190,14 +190,16 @@ def test_operators_keep_their_schemas():
     x, y, gate, shift, scale, weight = (one.requires_grad_() for one in make(2, 5, 12).values())
     for with_weight in (weight, None):
         options = with_weight, "layernorm", 1e-6
-        torch.library.opcheck(_library._adaln, (x, shift, scale, *options))
-        torch.library.opcheck(_library._gated_residual_adaln, (x, y, gate, shift.bfloat16(), scale, *options))
+        torch.library.opcheck(_library._adaln.overload, (x, shift, scale, *options))
+        torch.library.opcheck(_library._gated_residual_adaln.overload, (x, y, gate, shift.bfloat16(), scale, *options))
         saved = [None if one is None else one.detach() for one in (x, x, y, gate, scale)]
         backward = *saved, None if with_weight is None else weight.detach(), "layernorm", 1e-6, torch.bfloat16
-        torch.library.opcheck(_library._gated_residual_adaln_backward, (x.detach(), *backward))
-        torch.library.opcheck(_library._adaln_backward, (x.detach(), x.detach(), scale.detach(), *backward[5:]))
-    torch.library.opcheck(_library._gated_residual, (x, y.bfloat16(), gate))
-    torch.library.opcheck(_library._gated_residual_backward, (x.detach(), y.detach().half(), gate.detach()))
+        torch.library.opcheck(_library._gated_residual_adaln_backward.overload, (x.detach(), *backward))
+        torch.library.opcheck(
+            _library._adaln_backward.overload, (x.detach(), x.detach(), scale.detach(), *backward[5:])
+        )
+    torch.library.opcheck(_library._gated_residual.overload, (x, y.bfloat16(), gate))
+    torch.library.opcheck(_library._gated_residual_backward.overload, (x.detach(), y.detach().half(), gate.detach()))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

@@ -128,8 +128,12 @@ def test_opcheck():
     ids, weights = choices(21, 4, 2)  # no slot is dropped: nothing is left unwritten
     for_choices = pytest.importorskip("diffmoe_kernels.ops.router_topk._from_topk_library")
     for_drops = pytest.importorskip("diffmoe_kernels.ops.token_drop._library")
-    torch.library.opcheck(for_choices._routing_from_topk, (weights.requires_grad_(), ids, 4), test_utils=CHECKS)
-    torch.library.opcheck(for_drops._token_choice_drop, (ids, weights.detach(), 4, 5, "triton"), test_utils=CHECKS)
+    torch.library.opcheck(
+        for_choices._routing_from_topk.overload, (weights.requires_grad_(), ids, 4), test_utils=CHECKS
+    )
+    torch.library.opcheck(
+        for_drops._token_choice_drop.overload, (ids, weights.detach(), 4, 5, "triton"), test_utils=CHECKS
+    )
 
 
 def layer_of() -> MoE:

@@ -158,7 +158,7 @@ def test_opcheck(has_norm):
     tables = ops.rope_table("2d", 16, 3)
     options = (4, "2d", 0, "layernorm" if has_norm else "none", 1e-6, 0.25, True)
     arguments = (qkv, *norms, *tables, *options)
-    torch.library.opcheck(library._rope_attention, arguments, test_utils=CHECKS)
+    torch.library.opcheck(library._rope_attention.overload, arguments, test_utils=CHECKS)
 
 
 def layer_of(**options: object) -> RoPEAttention:

@@ -197,11 +197,11 @@ def test_same_bits_every_run(backend):
 def test_opcheck(backend, with_bias):
     logits = torch.randn(7, 6, requires_grad=True)
     bias = torch.randn(6) if with_bias else None
-    torch.library.opcheck(_library._router_topk, (logits, bias, 2, True, 3, 2, -math.inf, True, 0.5, backend))
+    torch.library.opcheck(_library._router_topk.overload, (logits, bias, 2, True, 3, 2, -math.inf, True, 0.5, backend))
     out = _library._router_topk(logits.detach(), bias, 2, False, 1, 1, 0.0, True, 0.5, backend)
     saved, options = (out[1], out[3], out[7]), (False, True, 0.5, torch.bfloat16, backend)
     grads = torch.randn(7, 2), None, torch.randn(14)
-    torch.library.opcheck(_library._router_topk_backward, (*saved, *grads, *options))
+    torch.library.opcheck(_library._router_topk_backward.overload, (*saved, *grads, *options))
 
 
 def test_compiles_whole(backend):

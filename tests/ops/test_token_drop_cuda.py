@@ -141,11 +141,11 @@ def test_launches():
 
 def test_opcheck():
     scores, logits, thresholds = torch.rand(8, 3, requires_grad=True), torch.randn(8, 3), torch.rand(3)
-    torch.library.opcheck(_library._token_drop, (scores, 2, 2, "cuda"))
-    torch.library.opcheck(_library._token_drop, (scores, 0, 1, "cuda"))
-    torch.library.opcheck(_library._token_drop_predicted, (scores, logits, thresholds, 6, True, "cuda"))
+    torch.library.opcheck(_library._token_drop.overload, (scores, 2, 2, "cuda"))
+    torch.library.opcheck(_library._token_drop.overload, (scores, 0, 1, "cuda"))
+    torch.library.opcheck(_library._token_drop_predicted.overload, (scores, logits, thresholds, 6, True, "cuda"))
     routing = ops.token_drop(scores.detach(), 2)
     maps = routing.group_offsets, routing.token_offsets, routing.token_rows
-    torch.library.opcheck(_library._token_drop_backward, (routing.gates, *maps, torch.bfloat16, "cuda"))
+    torch.library.opcheck(_library._token_drop_backward.overload, (routing.gates, *maps, torch.bfloat16, "cuda"))
     ids = torch.randint(3, (8, 2))
-    torch.library.opcheck(_library._token_choice_drop, (ids, torch.rand(8, 2), 3, 4, "cuda"))
+    torch.library.opcheck(_library._token_choice_drop.overload, (ids, torch.rand(8, 2), 3, 4, "cuda"))

@@ -201,15 +201,17 @@ def test_opcheck(dtype):
     thresholds = torch.rand(3, device=DEVICE)
     routing = ops.token_drop(scores.detach(), 4)
     maps = routing.group_offsets, routing.token_offsets, routing.token_rows
-    torch.library.opcheck(_library._token_drop, (scores, 2, 2, "triton"))
-    torch.library.opcheck(_library._token_drop, (scores, 0, 1, "triton"))
-    torch.library.opcheck(_library._token_drop_predicted, (scores, logits.detach(), thresholds, 6, True, "triton"))
-    torch.library.opcheck(_library._token_drop_backward, (routing.gates, *maps, dtype, "triton"))
-    torch.library.opcheck(_capacity_library._capacity_loss, (logits, *maps))
+    torch.library.opcheck(_library._token_drop.overload, (scores, 2, 2, "triton"))
+    torch.library.opcheck(_library._token_drop.overload, (scores, 0, 1, "triton"))
     torch.library.opcheck(
-        _capacity_library._capacity_loss_backward, (torch.ones((), device=DEVICE), logits.detach(), *maps)
+        _library._token_drop_predicted.overload, (scores, logits.detach(), thresholds, 6, True, "triton")
     )
-    torch.library.opcheck(_capacity_library._capacity_quantile, (logits.detach(), 4))
+    torch.library.opcheck(_library._token_drop_backward.overload, (routing.gates, *maps, dtype, "triton"))
+    torch.library.opcheck(_capacity_library._capacity_loss.overload, (logits, *maps))
+    torch.library.opcheck(
+        _capacity_library._capacity_loss_backward.overload, (torch.ones((), device=DEVICE), logits.detach(), *maps)
+    )
+    torch.library.opcheck(_capacity_library._capacity_quantile.overload, (logits.detach(), 4))
 
 
 def test_compiles_whole():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -263,20 +262,3 @@ def test_a_float64_residual_is_refused():
     residual = torch.randn(NUM_TOKENS, HIDDEN, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="the residual is torch.float64"):
         ops.experts(tokens(), routing_of(), **parameters(), residual=residual, backend="triton")
-
-
-def test_operators_run_on_the_gpu_of_their_tensors(monkeypatch):
-    """Triton launches on the current one, which need not be it."""
-    current = []
-
-    @contextmanager
-    def device_of(tensor):
-        current.append(tensor)
-        yield
-        current.append("left")
-
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    x = tokens()
-    with torch.no_grad():
-        ops.permute(x, routing_of(requires_grad=False), backend="triton")
-    assert len(current) == 2 and current[0].data_ptr() == x.data_ptr() and current[1] == "left"

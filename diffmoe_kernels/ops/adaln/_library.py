@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator, register_autograd
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.adaln._triton import modulate, modulate_backward
 from diffmoe_kernels.triton_support import why_not_triton
 
@@ -21,7 +21,7 @@ def _adaln(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm:
     return modulate(x, None, (shift, scale), weight, norm, eps)[1]
 
 
-@torch.library.register_fake(_adaln)
+@_adaln.register_fake
 def _(x, shift, scale, weight, norm, eps):
     return torch.empty_like(x)
 
@@ -34,7 +34,7 @@ def _adaln_backward(
     return _empty_for_none(x, grads[0], *grads[3:])
 
 
-@torch.library.register_fake(_adaln_backward)
+@_adaln_backward.register_fake
 def _(grad, x, scale, weight, norm, eps, shift_dtype):
     by_shift, by_scale = (x.new_empty(scale.shape, dtype=dtype) for dtype in (shift_dtype, scale.dtype))
     return _empty_for_none(x, torch.empty_like(x), by_shift, by_scale, None if weight is None else weight.clone())
@@ -54,7 +54,7 @@ def _backward_of_adaln(ctx, grad):
     return *_needed(ctx, grads), None, None
 
 
-register_autograd(_adaln, _backward_of_adaln, setup_context=_save_for_adaln)
+_adaln.register_autograd(_backward_of_adaln, setup_context=_save_for_adaln)
 
 
 @operator("gated_residual")
@@ -62,7 +62,7 @@ def _gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return modulate(x, (y, gate), None, None, "none", 0.0)[0]
 
 
-@torch.library.register_fake(_gated_residual)
+@_gated_residual.register_fake
 def _(x, y, gate):
     return torch.empty_like(x)
 
@@ -73,7 +73,7 @@ def _gated_residual_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Ten
     return modulate_backward(grad, None, grad, (y, gate), None, None, "none", 0.0)[1:3]
 
 
-@torch.library.register_fake(_gated_residual_backward)
+@_gated_residual_backward.register_fake
 def _(grad, y, gate):
     return torch.empty_like(y), gate.new_empty(gate.shape)
 
@@ -89,7 +89,7 @@ def _backward_of_gated_residual(ctx, grad):
     return _needed(ctx, (grad, *_gated_residual_backward(grad, *ctx.saved_tensors)))
 
 
-register_autograd(_gated_residual, _backward_of_gated_residual, setup_context=_save_for_gated_residual)
+_gated_residual.register_autograd(_backward_of_gated_residual, setup_context=_save_for_gated_residual)
 
 
 @operator("gated_residual_adaln")
@@ -106,7 +106,7 @@ def _gated_residual_adaln(
     return modulate(x, (y, gate), (shift, scale), weight, norm, eps)
 
 
-@torch.library.register_fake(_gated_residual_adaln)
+@_gated_residual_adaln.register_fake
 def _(x, y, gate, shift, scale, weight, norm, eps):
     return torch.empty_like(x), torch.empty_like(x)
 
@@ -131,7 +131,7 @@ def _gated_residual_adaln_backward(
     )
 
 
-@torch.library.register_fake(_gated_residual_adaln_backward)
+@_gated_residual_adaln_backward.register_fake
 def _(grad, grad_stream, stream, y, gate, scale, weight, norm, eps, shift_dtype):
     vectors = (stream.new_empty(scale.shape, dtype=dtype) for dtype in (gate.dtype, shift_dtype, scale.dtype))
     by_weight = None if weight is None else weight.clone()
@@ -154,7 +154,7 @@ def _backward_of_both(ctx, grad_stream, grad):
     return *_needed(ctx, grads), None, None
 
 
-register_autograd(_gated_residual_adaln, _backward_of_both, setup_context=_save_for_both)
+_gated_residual_adaln.register_autograd(_backward_of_both, setup_context=_save_for_both)
 
 
 def _needed(ctx, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

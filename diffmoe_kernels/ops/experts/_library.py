@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator, register_autograd
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.experts import _grouped_mm, _triton, _triton_backward
 from diffmoe_kernels.ops.permute._triton import gather_sum
 from diffmoe_kernels.routing import Routing, for_kernels
@@ -49,7 +49,7 @@ def _experts(
     return gather_sum(rows, gates, token_offsets, token_rows, residual, dtype), pre
 
 
-@torch.library.register_fake(_experts)
+@_experts.register_fake
 def _(x, gates, up_master, down_master, up_bias_master, down_bias_master, residual, token_indices, group_offsets,
       token_offsets, token_rows, up, down, up_bias, down_bias, activation, keep_pre, products):  # fmt: skip
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -100,7 +100,7 @@ def _experts_backward(
     return tuple(x.new_empty(0) if one is None else one for one in grads)
 
 
-@torch.library.register_fake(_experts_backward)
+@_experts_backward.register_fake
 def _(grad, x, gates, token_indices, group_offsets, token_offsets, token_rows, up, down, down_bias, pre, activation,
       needs_x, needs_weights, weight_dtype, bias_dtype, products):  # fmt: skip
     def like(tensor, dtype, wanted):
@@ -146,7 +146,7 @@ def _backward(ctx, grad, _):
     return *(one if need else None for one, need in zip(grads, needs[:6], strict=True)), grad_residual, *(None,) * 11
 
 
-register_autograd(_experts, _backward, setup_context=_save)
+_experts.register_autograd(_backward, setup_context=_save)
 
 
 def experts_on_kernels(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator, register_autograd
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.triton_support import why_not_triton
@@ -19,7 +19,7 @@ def _rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
     return out.where((rows < offs[-1]).unsqueeze(1), 0)
 
 
-@torch.library.register_fake(_rows)
+@_rows.register_fake
 def _(x, w, offs, bias):
     return x.new_empty(x.shape[0], w.shape[2])
 
@@ -30,7 +30,7 @@ def _outer(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return weight_grad(a, b, offs, dtype=a.dtype)[0]
 
 
-@torch.library.register_fake(_outer)
+@_outer.register_fake
 def _(a, b, offs):
     return a.new_empty(offs.shape[0], a.shape[1], b.shape[1])
 
@@ -44,7 +44,7 @@ def _rows_backward(grad: Tensor, x: Tensor, w: Tensor, offs: Tensor, has_bias: b
     return grad_x, grad_w, grad.new_empty(0) if grad_bias is None else grad_bias
 
 
-@torch.library.register_fake(_rows_backward)
+@_rows_backward.register_fake
 def _(grad, x, w, offs, has_bias):
     num_groups, depth, num_columns = w.shape
     bias = grad.new_empty(num_groups, num_columns) if has_bias else grad.new_empty(0)
@@ -57,7 +57,7 @@ def _outer_backward(grad: Tensor, a: Tensor, b: Tensor, offs: Tensor) -> tuple[T
     return _rows(b, grad.mT, offs, None), _rows(a, grad, offs, None)
 
 
-@torch.library.register_fake(_outer_backward)
+@_outer_backward.register_fake
 def _(grad, a, b, offs):
     return grad.new_empty(a.shape), grad.new_empty(b.shape)
 
@@ -76,7 +76,7 @@ def _backward_of_rows(ctx, grad):
     return grad_x, grad_w.mT, None, grad_bias if ctx.has_bias else None
 
 
-register_autograd(_rows, _backward_of_rows, setup_context=_save_rows)
+_rows.register_autograd(_backward_of_rows, setup_context=_save_rows)
 
 
 def _save_outer(ctx, inputs, output):
@@ -90,7 +90,7 @@ def _backward_of_outer(ctx, grad):
     return *_outer_backward(grad, *ctx.saved_tensors), None
 
 
-register_autograd(_outer, _backward_of_outer, setup_context=_save_outer)
+_outer.register_autograd(_backward_of_outer, setup_context=_save_outer)
 
 
 def grouped_gemm_triton(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import launchers, operator, register_autograd
+from diffmoe_kernels.operator import launchers, operator
 from diffmoe_kernels.routing import Routing, for_kernels
 
 kernels = functools.partial(launchers, "permute")
@@ -25,7 +25,7 @@ def _permute(
     return kernels(backend).gather(x, token_indices, group_offsets)
 
 
-@torch.library.register_fake(_permute)
+@_permute.register_fake
 def _(x, token_indices, group_offsets, token_offsets, token_rows, backend):
     return x.new_empty(token_indices.shape[0], x.shape[1])
 
@@ -35,7 +35,7 @@ def _permute_backward(grad_rows: Tensor, token_offsets: Tensor, token_rows: Tens
     return kernels(backend).gather_sum(grad_rows.contiguous(), None, token_offsets, token_rows)
 
 
-@torch.library.register_fake(_permute_backward)
+@_permute_backward.register_fake
 def _(grad_rows, token_offsets, token_rows, backend):
     return grad_rows.new_empty(token_offsets.shape[0] - 1, grad_rows.shape[1])
 
@@ -51,7 +51,7 @@ def _backward_of_permute(ctx, grad_rows):
     return grad_x, *(None,) * 5
 
 
-register_autograd(_permute, _backward_of_permute, setup_context=_save_for_permute)
+_permute.register_autograd(_backward_of_permute, setup_context=_save_for_permute)
 
 
 @operator("unpermute")
@@ -67,7 +67,7 @@ def _unpermute(
     return kernels(backend).gather_sum(rows, gates, token_offsets, token_rows)
 
 
-@torch.library.register_fake(_unpermute)
+@_unpermute.register_fake
 def _(rows, gates, token_indices, group_offsets, token_offsets, token_rows, backend):
     return rows.new_empty(token_offsets.shape[0] - 1, rows.shape[1])
 
@@ -79,7 +79,7 @@ def _unpermute_backward(
     return kernels(backend).unpermute_backward(grad_out.contiguous(), rows, gates, token_indices, group_offsets)
 
 
-@torch.library.register_fake(_unpermute_backward)
+@_unpermute_backward.register_fake
 def _(grad_out, rows, gates, token_indices, group_offsets, backend):
     return torch.empty_like(rows), torch.empty_like(gates)
 
@@ -96,7 +96,7 @@ def _backward_of_unpermute(ctx, grad_out):
     return *_unpermute_backward(grad_out, *ctx.saved_tensors, ctx.backend), *(None,) * 5
 
 
-register_autograd(_unpermute, _backward_of_unpermute, setup_context=_save_for_unpermute)
+_unpermute.register_autograd(_backward_of_unpermute, setup_context=_save_for_unpermute)
 
 
 def permute_on_kernels(backend: str, x: Tensor, routing: Routing) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator, register_autograd
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.rope_attention._prepare import Settings
 from diffmoe_kernels.ops.rope_attention._triton import attend
 from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
@@ -39,7 +39,7 @@ def _rope_attention(
     return attend(qkv, cos, sin, (q_weight, q_bias, k_weight, k_bias), settings, keep_lse=keep_lse)
 
 
-@torch.library.register_fake(_rope_attention)
+@_rope_attention.register_fake
 def _(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, num_heads, *options):
     batch, num_tokens, _, head_dim = qkv.shape
     lse = qkv.new_empty((batch, num_heads, num_tokens) if options[-1] else (0,), dtype=torch.float32)
@@ -72,7 +72,7 @@ def _rope_attention_backward(
     return by_qkv, *(qkv.new_empty(0) if one is None else one for one in by_norms)
 
 
-@torch.library.register_fake(_rope_attention_backward)
+@_rope_attention_backward.register_fake
 def _(grad, qkv, q_weight, q_bias, k_weight, k_bias, *_):
     norms = (q_weight, q_bias, k_weight, k_bias)
     return torch.empty_like(qkv), *(qkv.new_empty(0) if one is None else torch.empty_like(one) for one in norms)
@@ -92,7 +92,7 @@ def _backward(ctx, grad, _):
     return *(one if need else None for one, need in zip(grads, ctx.needs_input_grad[:5], strict=True)), *(None,) * 9
 
 
-register_autograd(_rope_attention, _backward, setup_context=_save)
+_rope_attention.register_autograd(_backward, setup_context=_save)
 
 
 def rope_attention_triton(

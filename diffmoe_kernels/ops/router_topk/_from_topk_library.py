@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator, register_autograd
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.router_topk._from_topk import sort_choices, sort_choices_backward
 from diffmoe_kernels.ops.router_topk.outputs import maps_like
 from diffmoe_kernels.routing import Routing
@@ -18,7 +18,7 @@ def _routing_from_topk(
     return sort_choices(topk_ids, topk_weights, num_experts)
 
 
-@torch.library.register_fake(_routing_from_topk)
+@_routing_from_topk.register_fake
 def _(topk_weights, topk_ids, num_experts):
     return maps_like(topk_ids, num_experts)
 
@@ -35,7 +35,7 @@ def _routing_from_topk_backward(
     return sort_choices_backward(grad_gates.contiguous(), topk_ids, token_offsets, token_rows, num_experts, dtype)
 
 
-@torch.library.register_fake(_routing_from_topk_backward)
+@_routing_from_topk_backward.register_fake
 def _(grad_gates, topk_ids, token_offsets, token_rows, num_experts, dtype):
     return torch.empty_like(topk_ids, dtype=dtype)
 
@@ -54,7 +54,7 @@ def _backward_of_choices(ctx, grad_gates, *others):
     return grad, None, None
 
 
-register_autograd(_routing_from_topk, _backward_of_choices, setup_context=_save_choices)
+_routing_from_topk.register_autograd(_backward_of_choices, setup_context=_save_choices)
 
 
 def routing_from_topk_triton(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Routing:

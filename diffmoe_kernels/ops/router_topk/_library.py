@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import launchers, operator, register_autograd
+from diffmoe_kernels.operator import launchers, operator
 from diffmoe_kernels.ops.router_topk.outputs import outputs_of
 from diffmoe_kernels.ops.router_topk.reference import RouterTopK
 from diffmoe_kernels.routing import Routing
@@ -41,7 +41,7 @@ def _router_topk(
     )
 
 
-@torch.library.register_fake(_router_topk)
+@_router_topk.register_fake
 def _(router_logits, expert_bias, top_k, *options):
     return outputs_of(router_logits, top_k)
 
@@ -65,7 +65,7 @@ def _router_topk_backward(
     return kernels(backend).route_backward(*grads, *rest)
 
 
-@torch.library.register_fake(_router_topk_backward)
+@_router_topk_backward.register_fake
 def _(scores, *others):
     return torch.empty_like(scores, dtype=others[-2])
 
@@ -86,7 +86,7 @@ def _backward(ctx, *grads):
     return grad_logits, *(None,) * 9
 
 
-register_autograd(_router_topk, _backward, setup_context=_save)
+_router_topk.register_autograd(_backward, setup_context=_save)
 
 
 def router_topk_on_kernels(

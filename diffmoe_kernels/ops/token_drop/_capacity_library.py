@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator, register_autograd
+from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.token_drop import _capacity
 from diffmoe_kernels.routing import Routing, for_kernels
 
@@ -15,7 +15,7 @@ def _capacity_loss(logits: Tensor, group_offsets: Tensor, token_offsets: Tensor,
     return _capacity.cross_entropy(logits, group_offsets, token_offsets, token_rows)
 
 
-@torch.library.register_fake(_capacity_loss)
+@_capacity_loss.register_fake
 def _(logits, group_offsets, token_offsets, token_rows):
     return logits.new_empty((), dtype=torch.float32)
 
@@ -27,7 +27,7 @@ def _capacity_loss_backward(
     return _capacity.cross_entropy_backward(grad, logits, group_offsets, token_offsets, token_rows)
 
 
-@torch.library.register_fake(_capacity_loss_backward)
+@_capacity_loss_backward.register_fake
 def _(grad, logits, group_offsets, token_offsets, token_rows):
     return torch.empty_like(logits)
 
@@ -41,7 +41,7 @@ def _backward_of_loss(ctx, grad):
     return None if grad is None else _capacity_loss_backward(grad, *ctx.saved_tensors), None, None, None
 
 
-register_autograd(_capacity_loss, _backward_of_loss, setup_context=_save_inputs)
+_capacity_loss.register_autograd(_backward_of_loss, setup_context=_save_inputs)
 
 
 @operator("capacity_quantile")
@@ -49,7 +49,7 @@ def _capacity_quantile(logits: Tensor, expert_capacity: int) -> Tensor:
     return _capacity.kth_prediction(logits, expert_capacity)
 
 
-@torch.library.register_fake(_capacity_quantile)
+@_capacity_quantile.register_fake
 def _(logits, expert_capacity):
     return logits.new_empty(logits.shape[1], dtype=torch.float32)
 

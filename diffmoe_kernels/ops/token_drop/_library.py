@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import launchers, operator, register_autograd
+from diffmoe_kernels.operator import launchers, operator
 from diffmoe_kernels.ops.token_drop.outputs import routing_of
 from diffmoe_kernels.routing import Routing
 
@@ -21,7 +21,7 @@ def _token_drop(
     return kernels(backend).route(scores, expert_capacity, num_pools)
 
 
-@torch.library.register_fake(_token_drop)
+@_token_drop.register_fake
 def _(scores, expert_capacity, num_pools, backend):
     return routing_of(scores.new_empty, scores.shape[1] * num_pools * expert_capacity, *scores.shape)
 
@@ -33,7 +33,7 @@ def _token_drop_predicted(
     return kernels(backend).route(scores, max_capacity, 1, logits, thresholds, by_token)
 
 
-@torch.library.register_fake(_token_drop_predicted)
+@_token_drop_predicted.register_fake
 def _(scores, logits, thresholds, max_capacity, by_token, backend):
     routing = routing_of(scores.new_empty, scores.shape[1] * max_capacity, *scores.shape)
     return *routing, scores.new_empty((), dtype=torch.int64)
@@ -51,7 +51,7 @@ def _token_drop_backward(
     return kernels(backend).spread_gates(grad_gates.contiguous(), group_offsets, token_offsets, token_rows, dtype)
 
 
-@torch.library.register_fake(_token_drop_backward)
+@_token_drop_backward.register_fake
 def _(grad_gates, group_offsets, token_offsets, token_rows, dtype, backend):
     return grad_gates.new_empty(token_offsets.shape[0] - 1, group_offsets.shape[0], dtype=dtype)
 
@@ -68,8 +68,8 @@ def _backward_of_gates(ctx, grad_gates, *others):
     return grad, *[None] * ctx.num_others
 
 
-register_autograd(_token_drop, _backward_of_gates, setup_context=_save_maps)
-register_autograd(_token_drop_predicted, _backward_of_gates, setup_context=_save_maps)
+_token_drop.register_autograd(_backward_of_gates, setup_context=_save_maps)
+_token_drop_predicted.register_autograd(_backward_of_gates, setup_context=_save_maps)
 
 
 @operator("token_choice_drop")
@@ -79,7 +79,7 @@ def _token_choice_drop(
     return kernels(backend).drop_choices(topk_ids, scores, num_experts, expert_capacity)
 
 
-@torch.library.register_fake(_token_choice_drop)
+@_token_choice_drop.register_fake
 def _(topk_ids, scores, num_experts, expert_capacity, backend):
     return torch.empty_like(topk_ids), topk_ids.new_empty((), dtype=torch.int64)
 
