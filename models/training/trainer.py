@@ -101,7 +101,11 @@ class Trainer:
         decays = {"ema": config.ema_decay, "ema2": config.ema_decay2}
         self.averages = {name: average(self.model, decay) for name, decay in decays.items() if decay is not None}
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.learning_rate, (0.9, config.beta2), weight_decay=config.weight_decay
+            self.parameters,
+            config.learning_rate,
+            (0.9, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" or None,  # on a CPU torch's choice
         )
         self.objective = objective_for(self.model, config.objective, **config.objective_options)
         # What samples can't be drawn by is refused now, not when the first are due.
