@@ -1,7 +1,7 @@
 """How kernels become torch operators.
 
-`torch.library.custom_op` would do the same for three times the host's time (benchmarks/NOTES.md). These register with
-the dispatcher as it does, but for its check that a kernel returns new memory, which opcheck makes; and where nothing
+`torch.library.custom_op` would do the same for more than twice the host's time (benchmarks/NOTES.md). These register
+with the dispatcher as it does, but for its check that a kernel returns new memory, which opcheck makes. Where nothing
 would see the call pass, they call the kernel without it.
 """
 

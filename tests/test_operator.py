@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffmoe_kernels.operator import OVERLOAD, operator
+from diffmoe_kernels.operator import OVERLOAD, _unobserved, operator
 from diffmoe_kernels.version import __version__
 
 
@@ -210,6 +210,22 @@ def test_a_broken_graph_is_not_traced_on_inside_a_launcher(mode):
         torch.compile(lambda x: broken(x + 1) - 1, backend=keep)(torch.ones(3, requires_grad=mode is torch.enable_grad))
     assert len(graphs) == 3, "the sum, the operator, the difference"
     assert "test_scale" in graphs[1]
+
+
+def test_a_compiler_that_looks_on_is_seen():
+    """Also where it does not trace the call itself."""
+    seen = []
+
+    @torch._dynamo.disable(recursive=False)
+    def broken(x):
+        seen.append(_unobserved((x, 2.0)))
+        return x
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Dynamo does not know")
+        torch.compile(lambda x: broken(x + 1) - 1, backend="eager")(torch.ones(3))
+    assert seen == [False] and _unobserved((torch.ones(3), 2.0))
 
 
 def test_forward_mode_is_refused():
