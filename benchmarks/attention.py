@@ -38,7 +38,8 @@ class Attention(nn.Module):
             side = int((shape.length - shape.prefix) ** 0.5)
             for name, table in zip(("cos", "sin"), ops.rope_table(shape.rope, shape.head_dim, side), strict=True):
                 self.register_buffer(name, table)
-            self.options |= {"rope": shape.rope, "num_prefix_tokens": shape.prefix}
+            halves = self.cos.half(), self.sin.half()  # as a layer keeps them
+            self.options |= {"rope": shape.rope, "num_prefix_tokens": shape.prefix, "float16_tables": halves}
         if shape.norm:
             for name in ("q_norm_weight", "k_norm_weight"):
                 self.register_parameter(name, nn.Parameter(1 + 0.1 * torch.randn(shape.head_dim)))

@@ -40,7 +40,7 @@ def gpu_tests(root: Path = ROOT) -> list[str]:
 
 
 def pytest_of(*words: object) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", *map(str, words)]
+    return [sys.executable, "-m", "pytest", "-q", "--tb=short", *map(str, words)]
 
 
 def run(command: list[str], seconds: float, grace: float = GRACE) -> tuple[int, str]:

@@ -96,8 +96,8 @@ class RoPEAttention(nn.Module):
         self.q_norm = norms[qk_norm]() if qk_norm else None
         self.k_norm = norms[qk_norm]() if qk_norm else None
         self.proj = Linear(num_heads * head_dim, hidden_size, **factory)
-        self.register_buffer("cos", None, persistent=False)
-        self.register_buffer("sin", None, persistent=False)
+        for table in ("cos", "sin", "cos_float16", "sin_float16"):
+            self.register_buffer(table, None, persistent=False)
         self.reset_tables()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +121,7 @@ class RoPEAttention(nn.Module):
             num_kv_heads=self.num_kv_heads,
             num_prefix_tokens=self.num_prefix_tokens,
             qk_norm=self.qk_norm,
+            float16_tables=None if self.cos is None else (self.cos_float16, self.sin_float16),
             backend=self.backend,
             **norms,
         )
@@ -160,6 +161,7 @@ class RoPEAttention(nn.Module):
             self.cos, self.sin = ops.rope_table(
                 self.rope, self.head_dim, self.grid_size, device=self.proj.weight.device
             )
+            self.cos_float16, self.sin_float16 = self.cos.half(), self.sin.half()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -118,8 +118,20 @@ def test_tables_stay_float32_in_any_cast(qk_norm):
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         layer.to(dtype)
         assert layer.cos.dtype == layer.sin.dtype == torch.float32 and torch.equal(layer.cos, cos)
+        assert torch.equal(layer.cos_float16, cos.half()) and torch.equal(layer.sin_float16, layer.sin.half())
         y = layer(torch.randn(2, 16, 32, dtype=dtype))
         assert y.dtype == dtype and y.isfinite().all()
+
+
+@pytest.mark.parametrize("grid_size", [4, None])
+def test_tables_of_a_known_grid_are_not_cast_at_every_call(grid_size, monkeypatch):
+    layer, given = make(grid_size=grid_size), []
+    attend = ops.rope_attention
+    monkeypatch.setattr(
+        ops, "rope_attention", lambda *args, **kw: given.append(kw["float16_tables"]) or attend(*args, **kw)
+    )
+    layer(torch.randn(2, 16, 32))
+    assert given == [None] if grid_size is None else given[0] == (layer.cos_float16, layer.sin_float16)
 
 
 def test_autocast():

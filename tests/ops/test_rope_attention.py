@@ -345,6 +345,16 @@ def test_tables_without_a_pairing_are_refused() -> None:
         ops.rope_attention(torch.zeros(1, 4, 3, 2, 8), cos, sin)
 
 
+def test_float16_tables_of_another_kind_are_refused() -> None:
+    qkv, (cos, sin) = torch.zeros(1, 4, 3, 2, 8), ops.rope_table("1d", 8, 4)
+    with pytest.raises(TypeError, match="float16_tables: expected torch.float16, got torch.float32"):
+        ops.rope_attention(qkv, cos, sin, rope="1d", float16_tables=(cos, sin))
+    with pytest.raises(ValueError, match=r"float16_tables: expected shape \(4, 4\), got \(3, 4\)"):
+        ops.rope_attention(qkv, cos, sin, rope="1d", float16_tables=(cos.half(), sin.half()[:3]))
+    with pytest.raises(ValueError, match="float16_tables: expected cos and sin beside them"):
+        ops.rope_attention(qkv, float16_tables=(cos.half(), sin.half()))
+
+
 def test_arguments_that_would_be_ignored_or_truncated_are_refused() -> None:
     qkv, (cos, sin) = torch.zeros(1, 4, 3, 2, 8), ops.rope_table("1d", 8, 4)
     with pytest.raises(ValueError, match="qk_norm: expected the norm that q_norm_weight belongs to, got None"):

@@ -50,6 +50,21 @@ def check(inputs: dict, options: dict, *dtypes: torch.dtype) -> None:
             )
 
 
+def test_float16_tables_are_what_bfloat16_is_turned_by():
+    inputs, options = inputs_of(20, 32)
+    halves = options["cos"].half(), options["sin"].half()
+    straight = torch.ones_like(halves[0]), torch.zeros_like(halves[0])
+
+    def attend(dtype, backend="triton", **more):
+        return ops.rope_attention(inputs["qkv"].to(dtype), **options, **more, backend=backend)
+
+    low = attend(torch.bfloat16)
+    assert torch.equal(low, attend(torch.bfloat16, float16_tables=halves))
+    assert not torch.equal(low, attend(torch.bfloat16, float16_tables=straight))
+    for dtype, backend in ((torch.float32, "triton"), (torch.bfloat16, "torch"), (torch.bfloat16, "reference")):
+        assert torch.equal(attend(dtype, backend), attend(dtype, backend, float16_tables=straight)), "the float32 ones"
+
+
 @pytest.mark.parametrize("num_tokens", [1, 17, 255, 288])
 def test_lengths(num_tokens):
     inputs, options = inputs_of(num_tokens, 32, norm="rmsnorm", prefix=min(num_tokens, 3))

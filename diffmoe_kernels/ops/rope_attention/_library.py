@@ -108,12 +108,14 @@ def rope_attention_triton(
     k_norm: tuple[Tensor | None, Tensor | None],
     norm_eps: float,
     scale: float,
+    float16_tables: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     (q_weight, k_weight), (q_bias, k_bias) = _both(q_norm[0], k_norm[0], 1.0), _both(q_norm[1], k_norm[1], 0.0)
     norms = tuple(None if one is None else one.contiguous() for one in (q_weight, q_bias, k_weight, k_bias))
-    # Half as many bytes, and eight times as exact as what the rotated bfloat16 numbers keep.
-    kind = torch.float16 if qkv.dtype == torch.bfloat16 else torch.float32
-    tables = (None if one is None else one.detach().to(kind).contiguous() for one in (cos, sin))
+    tables, kind = (cos, sin), torch.float32
+    if qkv.dtype == torch.bfloat16:
+        tables, kind = float16_tables or tables, torch.float16
+    tables = (None if one is None else one.detach().to(kind).contiguous() for one in tables)
     keeps = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (qkv, *norms))
     options = (num_heads, rope or "none", num_prefix_tokens, qk_norm or "none", norm_eps, scale)
     out, _ = _rope_attention(qkv.contiguous(), *norms, *tables, *options, keeps)

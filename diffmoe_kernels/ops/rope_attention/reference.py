@@ -12,7 +12,14 @@ from diffmoe_kernels.ops.adaln.reference import normalize
 
 
 def rope_attention_reference(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, scale: float, **preparation: Any
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    num_heads: int,
+    scale: float,
+    float16_tables: object = None,
+    **preparation: Any,
 ) -> Tensor:
     """(B, N, H + 2 Hkv, d) -> (B, N, H * d), in float32 until the end; ``preparation`` as of `prepare_qkv`."""
     q, k, v = map(at_least_float32, prepare_qkv(qkv, cos, sin, num_heads, **preparation))
