@@ -65,23 +65,25 @@ def why_no_kernel(tensor: Tensor, *, dtypes: Collection[torch.dtype], on_cpu: bo
     if tensor.dtype not in dtypes:
         return f"the kernels take {', '.join(str(one) for one in dtypes)}, not {tensor.dtype}"
     if tensor.is_cuda:
-        return None if _major(tensor.device) >= 8 else "the kernels need a GPU of compute capability 8.0 or more"
+        enough = device_capability(tensor.device) >= (8, 0)
+        return None if enough else "the kernels need a GPU of compute capability 8.0 or more"
     if tensor.device.type != "meta" and not on_cpu:
         return f"the tensors are on {tensor.device.type}, the kernels need a CUDA device"
     return None
 
 
-def _major(device: torch.device) -> int:
-    """Of a GPU's compute capability."""
-    find = _find_major if torch.compiler.is_compiling() else _known_major  # Dynamo warns of a cache
+def device_capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, as in (9, 0)."""
+    find = _find_capability if torch.compiler.is_compiling() else _known_capability  # Dynamo warns of a cache
     return find(device)
 
 
-def _find_major(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).major
+def _find_capability(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
 
 
-_known_major = functools.cache(_find_major)
+_known_capability = functools.cache(_find_capability)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.checks import device_capability
+
 FILE = Path(__file__).with_name("measured.json")
 FEW_ROWS, SOME_ROWS = 32, 128  # of an average expert
 NARROW = 512  # intermediate size of fine-grained experts
@@ -67,8 +69,7 @@ def capability_of(device: torch.device) -> str | None:
     """A GPU's compute capability as in "9.0"; None where there is none."""
     if device.type != "cuda":
         return None
-    properties = torch.cuda.get_device_properties(device)
-    return f"{properties.major}.{properties.minor}"
+    return "{}.{}".format(*device_capability(device))
 
 
 def tokens_class(num_tokens: int) -> str:
