@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import re
+import typing
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -29,7 +31,6 @@ _dynamo = torch._C._dynamo.eval_frame.get_eval_frame_callback
 _num_dispatch_modes, _num_function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform, _tracer = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _profiler_is_on = torch._C._autograd._profiler_enabled
-_PLAIN = frozenset((torch.dtype, str, int, float, bool, type(None)))  # types of arguments that hide nothing
 
 
 class Operator:
@@ -51,15 +52,18 @@ class Operator:
         library = _LIBRARIES[name] = Library("diffmoe_kernels", "FRAGMENT")
         library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         self.overload = getattr(getattr(torch.ops.diffmoe_kernels, name), OVERLOAD)
+        hints = typing.get_type_hints(function)
+        # Of each argument. Others, an int for a float among them, are the dispatcher's to convert or refuse.
+        self._types = [_types_of(hints[name]) for name in inspect.signature(function).parameters]
         self._function = function
         self._gradient = _gradient_of(self)
         for method, key in ((self._on_its_device, "CompositeExplicitAutograd"), (self._differentiable, "Autograd")):
             # Where a graph broke, tracing would go on inside the launcher.
             library.impl(self.overload, torch._disable_dynamo(functools.partial(method)), key)
 
-    def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _unobserved(args):
-            return self.overload(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or kwargs or not self._unobserved(args):
+            return self.overload(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._gradient.apply(*args)
         return self._on_its_device(*args)
@@ -87,10 +91,30 @@ class Operator:
         return self._below_autograd(*args)
 
     def _below_autograd(self, *args: Any) -> Any:
-        if _unobserved(args):
+        if self._unobserved(args):
             return self._on_its_device(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
+
+    def _unobserved(self, args: tuple[Any, ...]) -> bool:
+        """Whether nothing that looks at operators would see one with these arguments."""
+        if len(args) != len(self._types):
+            return False
+        for arg, types in zip(args, self._types, strict=True):
+            if type(arg) not in types:
+                return False
+            # Those have another kernel, or their memory is not what they are.
+            if isinstance(arg, Tensor) and (arg.is_meta or arg.is_neg() or arg._is_zerotensor()):
+                return False
+        return (
+            _dynamo() is None
+            and not _num_dispatch_modes()
+            and not _num_function_modes()
+            and _transform() is None
+            and forward_ad._current_level < 0
+            and not _profiler_is_on()
+            and _tracer() is None
+        )
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
@@ -104,23 +128,16 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     return functools.partial(Operator, name)
 
 
-def _unobserved(args: tuple[Any, ...]) -> bool:
-    """Whether nothing that looks at operators would see one with these arguments."""
-    for arg in args:
-        if type(arg) is Tensor or type(arg) is torch.nn.Parameter:
-            if arg.is_meta or arg.is_neg():  # another kernel; memory that holds the negative
-                return False
-        elif type(arg) not in _PLAIN:
-            return False
-    return (
-        _dynamo() is None
-        and not _num_dispatch_modes()
-        and not _num_function_modes()
-        and _transform() is None
-        and forward_ad._current_level < 0
-        and not _profiler_is_on()
-        and _tracer() is None
-    )
+# Where a graph broke, these would be traced once for every operator. It is Dynamo's `skip_code`, without its import.
+_frames = torch._C._dynamo.eval_frame
+_skipped = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
+for method in (Operator.__call__, Operator._unobserved):
+    _frames.set_code_exec_strategy(method.__code__, _skipped)
+
+
+def _types_of(hint: Any) -> frozenset[type]:
+    types = frozenset(typing.get_args(hint) or (hint,))
+    return types | {torch.nn.Parameter} if Tensor in types else types
 
 
 def _gradient_of(operator: Operator) -> type[torch.autograd.Function]:

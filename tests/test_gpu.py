@@ -14,6 +14,7 @@ from diffmoe_kernels import MoE, RoPEAttention
 from diffmoe_kernels.testing import assert_close
 from diffmoe_kernels.triton_support import HAS_TRITON
 from models import create_model
+from models.data import check_labels
 from models.objectives import RectifiedFlow, objective_for
 from tests.models.helpers import random_inputs, randomize
 
@@ -120,16 +121,21 @@ def test_the_loss_of_a_model_waits_for_nothing(name) -> None:
 OUTSIDE = """
 import torch
 from models.data import check_labels
-check_labels(torch.tensor([0, 9], device="cuda"), 10)
+check_labels(torch.tensor([0, 9], device="cuda"), 10, wait=False)
 torch.cuda.synchronize()
 print("those were inside", flush=True)
-check_labels(torch.tensor([0, 10], device="cuda"), 10)
+check_labels(torch.tensor([0, 10], device="cuda"), 10, wait=False)
 torch.cuda.synchronize()
 """
 
 
+def test_labels_outside_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 9\] for 10 classes, got \[10\] \(1 of 2 labels\)"):
+        check_labels(torch.tensor([0, 10], device="cuda"), 10)
+
+
 def test_labels_outside_are_refused_by_the_device() -> None:
-    """By an assertion, after which a process can't use the GPU any more."""
+    """Where nobody waits for it: by an assertion, after which a process can't use the GPU any more."""
     done = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True, cwd=ROOT, check=False)
     assert "those were inside" in done.stdout and done.returncode, done.stderr
     assert "labels must be in [0, 9]" in done.stdout + done.stderr

@@ -96,8 +96,9 @@ class RoPEAttention(nn.Module):
         self.q_norm = norms[qk_norm]() if qk_norm else None
         self.k_norm = norms[qk_norm]() if qk_norm else None
         self.proj = Linear(num_heads * head_dim, hidden_size, **factory)
-        for table in ("cos", "sin", "cos_float16", "sin_float16"):
+        for table in ("cos", "sin"):
             self.register_buffer(table, None, persistent=False)
+        self._keep_float16_tables()
         self.reset_tables()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class RoPEAttention(nn.Module):
             num_kv_heads=self.num_kv_heads,
             num_prefix_tokens=self.num_prefix_tokens,
             qk_norm=self.qk_norm,
-            float16_tables=None if self.cos is None else (self.cos_float16, self.sin_float16),
+            float16_tables=self._float16_tables(),
             backend=self.backend,
             **norms,
         )
@@ -153,6 +154,28 @@ class RoPEAttention(nn.Module):
             )
         return ops.rope_table(self.rope, self.head_dim, num_rotated if self.rope == "1d" else side, device=x.device)
 
+    def _keep_float16_tables(self) -> None:
+        cos, sin = self.cos, self.sin
+        known = cos is not None and not cos.is_inference()  # versions are counted
+        self._made_from = (cos, sin, cos._version, sin._version) if known else None
+        for name, table in (("cos_float16", cos), ("sin_float16", sin)):
+            self.register_buffer(name, table.half() if known else None, persistent=False)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self._keep_float16_tables()  # copies count versions anew, and older modules have none
+
+    def _float16_tables(self) -> tuple[Tensor, Tensor] | None:
+        """Those of cos and sin, or None where these are no longer what they were made from."""
+        if self._made_from is None:
+            return None
+        cos, sin, *versions = self._made_from
+        same = cos is self.cos and sin is self.sin and cos.dtype == sin.dtype == torch.float32  # some cast buffers
+        same = same and self.cos_float16.dtype == self.sin_float16.dtype == torch.float16
+        # A compiler can't read versions: where tables are changed, let it be by assignment.
+        same = same and (torch.compiler.is_compiling() or [cos._version, sin._version] == versions)
+        return (self.cos_float16, self.sin_float16) if same else None
+
     def reset_tables(self) -> None:
         """Computes the rotary tables anew, on the device of the parameters."""
         if self.rope is None or self.grid_size is None:
@@ -161,7 +184,7 @@ class RoPEAttention(nn.Module):
             self.cos, self.sin = ops.rope_table(
                 self.rope, self.head_dim, self.grid_size, device=self.proj.weight.device
             )
-            self.cos_float16, self.sin_float16 = self.cos.half(), self.sin.half()
+            self._keep_float16_tables()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -51,14 +51,13 @@ def rank_in_class(labels: Tensor, num_classes: int) -> Tensor:
     return one_hot.cumsum(0).gather(1, labels.unsqueeze(1)).squeeze(1) - 1
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
+def check_labels(labels: Tensor, num_classes: int, *, wait: bool = True) -> None:
     """Refuse class labels that no class-conditional model of `num_classes` classes was trained on.
-
-    On a GPU it does not wait for the values: see `require`.
 
     Args:
         labels: (N,) integer tensor, N at least 1.
         num_classes: number of classes; the largest valid label is one less.
+        wait: for the values of labels on a GPU; without it see `require`.
 
     Raises:
         TypeError: `labels` is not a tensor of integers.
@@ -70,8 +69,9 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         raise TypeError(f"labels must be integers, got {labels.dtype}; pass class numbers as torch.int64")
     if labels.ndim != 1 or labels.numel() == 0:
         raise ValueError(f"labels must be 1-d with at least one entry, got shape {tuple(labels.shape)}")
+    inside = (labels >= 0) & (labels < num_classes)
     require(
-        (labels >= 0) & (labels < num_classes),
+        inside.cpu() if wait else inside,
         f"labels must be in [0, {num_classes - 1}] for {num_classes} classes",
         lambda outside: (
             f"{labels[outside].unique()[:5].tolist()} ({outside.sum()} of {len(labels)} labels); correct those labels"

@@ -95,7 +95,7 @@ class Objective(ABC):
         """
         _check_batch("x", x)
         self.check_model(model)
-        check_labels(labels, model.num_classes)
+        check_labels(labels, model.num_classes, wait=False)
         _check_length("labels", labels, x)
         if t is None:
             t = self.draw_times(len(x), x.device)

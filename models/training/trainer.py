@@ -272,6 +272,8 @@ class Trainer:
         for name, ema in self.averages.items():
             load_weights(ema.module, state[name], path)
             ema.n_averaged.fill_(state["step"])
+        for group in state["optimizer"]["param_groups"]:  # which would take the place of this device's
+            group["fused"] = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.checkpoint = path

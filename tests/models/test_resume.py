@@ -56,6 +56,16 @@ def newest(run: Path) -> dict:
     return state
 
 
+def test_the_optimizer_is_the_devices_own(tmp_path):
+    """A run that began on a GPU, where AdamW is fused, goes on here as one that began here does, and the other way."""
+    assert main(command_line(tiny(tmp_path / "run", steps=1))) == 0
+    path, state = load_newest(tmp_path / "run")
+    state["optimizer"]["param_groups"][0]["fused"] = True
+    save_checkpoint(tmp_path / "run", state, keep=1)
+    assert main(["--resume", "--output", str(tmp_path / "run"), "--steps", "2"]) == 0
+    assert load_newest(tmp_path / "run")[1]["optimizer"]["param_groups"][0]["fused"] is None
+
+
 def test_six_steps_equal_three_and_three_bit_for_bit(tmp_path):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     Trainer(tiny(straight, steps=6)).fit()

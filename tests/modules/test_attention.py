@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffmoe_kernels import RoPEAttention, ops
 from diffmoe_kernels.testing import assert_close, poisoned_allocations
+from diffmoe_kernels.triton_support import HAS_TRITON
 
 CONFIGS = [
     {"rope": None, "qkv_bias": False},
@@ -132,6 +133,56 @@ def test_tables_of_a_known_grid_are_not_cast_at_every_call(grid_size, monkeypatc
     )
     layer(torch.randn(2, 16, 32))
     assert given == [None] if grid_size is None else given[0] == (layer.cos_float16, layer.sin_float16)
+
+
+def assign(layer):
+    layer.cos = layer.cos * 0
+
+
+def edit(layer):
+    layer.sin.add_(1)
+
+
+def cast(layer):
+    """As by tools that cast buffers behind a module's back."""
+    for buffer in layer.buffers():
+        buffer.data = buffer.data.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("change", [assign, edit, cast])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_changed_tables_are_the_ones_that_count(change, compiled):
+    layer = make(grid_size=4, backend="triton") if HAS_TRITON else make(grid_size=4)
+    layer.to(torch.bfloat16)
+    x, unchanged = torch.randn(2, 16, 32).bfloat16(), copy.deepcopy(layer)
+    assert unchanged._float16_tables() is not None, "a copy keeps them"
+    change(layer)
+    assert layer._float16_tables() is None
+    if compiled and change is not edit:  # a compiler can't see it
+        torch._dynamo.reset()
+        y = torch.compile(layer, fullgraph=True, backend="eager")(x)
+    else:
+        y = layer(x)
+    assert not torch.equal(y, unchanged(x)) or change is cast
+    layer.reset_tables()
+    assert torch.equal(layer(x), unchanged(x))
+
+
+def test_a_layer_from_before_float16_tables_has_them_when_it_is_loaded():
+    state = make(grid_size=4).__getstate__()
+    state["_buffers"] = {name: state["_buffers"][name] for name in ("cos", "sin")}
+    del state["_made_from"]
+    layer = RoPEAttention.__new__(RoPEAttention)
+    layer.__setstate__(state)
+    cos, sin = layer._float16_tables()
+    assert torch.equal(cos, layer.cos.half()) and torch.equal(sin, layer.sin.half())
+    layer(torch.randn(2, 16, 32))
+
+
+def test_copies_of_changed_tables():
+    layer = make(grid_size=4)
+    layer.cos.zero_()
+    assert not copy.deepcopy(layer)._float16_tables()[0].any()
 
 
 def test_autocast():

@@ -347,10 +347,15 @@ def test_tables_without_a_pairing_are_refused() -> None:
 
 def test_float16_tables_of_another_kind_are_refused() -> None:
     qkv, (cos, sin) = torch.zeros(1, 4, 3, 2, 8), ops.rope_table("1d", 8, 4)
-    with pytest.raises(TypeError, match="float16_tables: expected torch.float16, got torch.float32"):
-        ops.rope_attention(qkv, cos, sin, rope="1d", float16_tables=(cos, sin))
-    with pytest.raises(ValueError, match=r"float16_tables: expected shape \(4, 4\), got \(3, 4\)"):
-        ops.rope_attention(qkv, cos, sin, rope="1d", float16_tables=(cos.half(), sin.half()[:3]))
+    for tables, error, message in (
+        ((cos, sin), TypeError, "float16_cos: expected torch.float16, got torch.float32"),
+        ((cos.half(), None), TypeError, "float16_sin: expected torch.float16, got None"),
+        ((cos.half(), sin.half()[:3]), ValueError, r"float16_sin: expected shape \(4, 4\), got \(3, 4\)"),
+        ((cos.half(),), TypeError, "float16_tables: expected a tuple of two tensors, got tuple"),
+        (torch.stack([cos, sin]).half(), TypeError, "float16_tables: expected a tuple of two tensors, got Tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.rope_attention(qkv, cos, sin, rope="1d", float16_tables=tables)
     with pytest.raises(ValueError, match="float16_tables: expected cos and sin beside them"):
         ops.rope_attention(qkv, float16_tables=(cos.half(), sin.half()))
 

@@ -93,12 +93,18 @@ def rope_attention(
                 raise ValueError(f"{name}: expected a table for rope {rope!r}, got None; see rope_table")
             check_floating(name, table)
             check_shape(name, table, num_tokens - num_prefix_tokens, head_dim // 2)
-    if float16_tables is not None and cos is None:
-        raise ValueError("float16_tables: expected cos and sin beside them, got None")
-    for table in float16_tables or ():
-        check_shape("float16_tables", table, *cos.shape)
-        if table.dtype != torch.float16:
-            raise TypeError(f"float16_tables: expected torch.float16, got {table.dtype}")
+    halves = {}
+    if float16_tables is not None:
+        if cos is None:
+            raise ValueError("float16_tables: expected cos and sin beside them, got None")
+        if not isinstance(float16_tables, tuple) or len(float16_tables) != 2:
+            raise TypeError(f"float16_tables: expected a tuple of two tensors, got {type(float16_tables).__name__}")
+        halves = dict(zip(("float16_cos", "float16_sin"), float16_tables, strict=True))
+        for name, table in halves.items():
+            check_floating(name, table)
+            check_shape(name, table, *cos.shape)
+            if table is None or table.dtype != torch.float16:
+                raise TypeError(f"{name}: expected torch.float16, got {None if table is None else table.dtype}")
     if qk_norm is not None:
         check_choice("qk_norm", qk_norm, QK_NORMS)
     norms = {
@@ -112,7 +118,6 @@ def rope_attention(
             raise ValueError(f"qk_norm: expected the norm that {name} belongs to, got None")
         check_floating(name, tensor)
         check_shape(name, tensor, head_dim)
-    halves = dict(zip(("float16_cos", "float16_sin"), float16_tables or (), strict=False))
     check_same_device(qkv=qkv, cos=cos, sin=sin, **halves, **norms)
     return run(
         "rope_attention",
