@@ -165,6 +165,8 @@ def test_arguments_are_converted_and_checked():
     for wrong in ((x, 2.0, 3, None), (x, 2.0, "a"), (x, "b", "a", None)):
         with pytest.raises((RuntimeError, TypeError), match="test_number"):
             number(*wrong)
+    with pytest.raises((RuntimeError, TypeError), match="test_number"):
+        number(x, 2.0, "a", None, more=1)
 
 
 class OnAGPU:
