@@ -170,8 +170,8 @@ class RoPEAttention(nn.Module):
         if self._made_from is None:
             return None
         cos, sin, *versions = self._made_from
-        same = cos is self.cos and sin is self.sin and cos.dtype == sin.dtype == torch.float32  # some cast buffers
-        same = same and self.cos_float16.dtype == self.sin_float16.dtype == torch.float16
+        same = cos is self.cos and sin is self.sin
+        same = same and self.cos_float16.dtype == self.sin_float16.dtype == torch.float16  # some tools cast buffers
         # A compiler can't read versions: where tables are changed, let it be by assignment.
         same = same and (torch.compiler.is_compiling() or [cos._version, sin._version] == versions)
         return (self.cos_float16, self.sin_float16) if same else None

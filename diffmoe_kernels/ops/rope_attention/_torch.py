@@ -11,14 +11,7 @@ from diffmoe_kernels.ops.rope_attention.reference import prepare_qkv
 
 
 def rope_attention_torch(
-    qkv: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    num_heads: int,
-    scale: float,
-    float16_tables: object = None,
-    **preparation: Any,
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, scale: float, **preparation: Any
 ) -> Tensor:
     q, k, v = prepare_qkv(qkv, cos, sin, num_heads, **preparation)
     gqa = k.shape[2] != num_heads

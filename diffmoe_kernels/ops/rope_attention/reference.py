@@ -12,14 +12,7 @@ from diffmoe_kernels.ops.adaln.reference import normalize
 
 
 def rope_attention_reference(
-    qkv: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    num_heads: int,
-    scale: float,
-    float16_tables: object = None,
-    **preparation: Any,
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, scale: float, **preparation: Any
 ) -> Tensor:
     """(B, N, H + 2 Hkv, d) -> (B, N, H * d), in float32 until the end; ``preparation`` as of `prepare_qkv`."""
     q, k, v = map(at_least_float32, prepare_qkv(qkv, cos, sin, num_heads, **preparation))
@@ -41,6 +34,7 @@ def prepare_qkv(
     q_norm: tuple[Tensor | None, Tensor | None],
     k_norm: tuple[Tensor | None, Tensor | None],
     norm_eps: float,
+    float16_tables: object = None,  # which only the kernels read
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Splits, normalises per head and rotates: q (B, N, H, d), k and v (B, N, Hkv, d).
 
