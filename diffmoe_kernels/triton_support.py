@@ -51,9 +51,13 @@ class Tile:
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
-def compute_capability() -> int:
-    """10 * major + minor of the device that kernels are compiled for; 80 in the interpreter."""
-    return 80 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+def chip_generation() -> int:
+    """80, 90 or 100: whose tiles the kernels take on the device that they are compiled for; 80 in the interpreter.
+
+    sm_12x has the shared memory of sm_8x, and neither warp-group products nor tensor memory.
+    """
+    arch = 80 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+    return 100 if 100 <= arch < 120 else 90 if 90 <= arch < 100 else 80
 
 
 def device_name() -> str:
@@ -63,7 +67,7 @@ def device_name() -> str:
 
 def num_programs(num_tiles: int, like: Tensor) -> int:
     """How many programs share ``num_tiles`` tiles on a tensor's device: enough that the last to end do not count."""
-    return min(num_tiles, WAVES * _multiprocessors(like.device))
+    return min(num_tiles, WAVES * multiprocessors(like.device))
 
 
 def describe(*tiles: tuple[Tensor, tuple[int, ...]]) -> list[TensorDescriptor] | None:
@@ -78,7 +82,7 @@ def describe(*tiles: tuple[Tensor, tuple[int, ...]]) -> list[TensorDescriptor] |
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """Of a GPU; a few in the interpreter, so that a program takes more than one tile."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 

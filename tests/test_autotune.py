@@ -121,14 +121,14 @@ def test_every_product_searches(searching, monkeypatch, tmp_path):
     assert {key.split(" | ")[2] for key in keys} == {"up", "rows", "down_backward", "weight_grad"}
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("generation", [80, 90, 100])
 @pytest.mark.parametrize("paired", [False, True])
-def test_candidates_hold_the_defaults(monkeypatch, capability, paired):
+def test_candidates_hold_the_defaults(monkeypatch, generation, paired):
     """The search can come back with the hand-picked tiles of training, and tries both kinds of loads where it can."""
-    monkeypatch.setattr(tiles, "compute_capability", lambda: capability)
+    monkeypatch.setattr(tiles, "chip_generation", lambda: generation)
     tried = list(tiles.candidates(torch.bfloat16, paired=paired))
     assert len(tried) == len(set(tried)) and 10 < len(tried) < 80
-    assert {tile.descriptors for tile in tried} == ({False, True} if capability >= 90 else {False})
+    assert {tile.descriptors for tile in tried} == ({False, True} if generation >= 90 else {False})
     assert tiles.pick_tile(65536, 16, 1024, 1024, torch.bfloat16, paired=paired) in tried
     assert len(list(tiles.candidates(torch.float32))) >= 3
 

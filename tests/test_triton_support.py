@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from diffmoe_kernels.triton_support import input_precision
+from diffmoe_kernels import triton_support
+from diffmoe_kernels.triton_support import HAS_TRITON, input_precision
 
 
 @pytest.fixture
@@ -26,3 +29,14 @@ def test_input_precision_follows_torch(restored):
         setattr(torch.backends.cuda.matmul, setting, value)
         assert input_precision(torch.float32) == expected
         assert input_precision(torch.bfloat16) == "ieee"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(
+    ("arch", "generation"), [(80, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80), (121, 80)]
+)
+def test_a_chip_takes_the_tiles_that_fit_it(arch, generation, monkeypatch):
+    target = SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=arch))
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
+    monkeypatch.setattr(triton_support.triton.runtime.driver, "_active", target)
+    assert triton_support.chip_generation() == generation

@@ -159,7 +159,7 @@ class ExpertChoiceMoE(Float32Buffers):
             num_pools = max(math.prod(x.shape[:-2]), 1) if self.pool == "sample" else 1
             capacity = self._capacity(len(tokens) // num_pools)
             routing = ops.token_drop(scores, capacity, num_pools=num_pools, backend=self.backend)
-            num_dropped = scores.new_zeros((), dtype=torch.int64)
+            num_dropped = None
         else:
             routing, num_dropped = self._infer(tokens, scores)
         y = self.experts(tokens, routing, added).view(x.shape)
@@ -222,7 +222,9 @@ class ExpertChoiceMoE(Float32Buffers):
                 stacklevel=6,
             )
 
-    def _aux(self, tokens: Tensor, routing: Routing, num_dropped: Tensor) -> ExpertChoiceAux:
+    def _aux(self, tokens: Tensor, routing: Routing, num_dropped: Tensor | None) -> ExpertChoiceAux:
+        if num_dropped is None:
+            num_dropped = routing.group_offsets.new_zeros((), dtype=torch.int64)
         loss = quantile = None
         if self.training and self.capacity_predictor is not None:
             logits = self.capacity_predictor(tokens.detach())  # (T, E); no gradient to the tokens

@@ -190,10 +190,10 @@ class MoE(nn.Module):
         bias = at_least_float32(self.router.expert_bias)
         self.router.assign_buffer("expert_bias", bias + self.balance.bias_rate * (load.mean() - load).sign())
 
-    def _bound(self, choice: ops.RouterTopK) -> tuple[Routing, Tensor]:
-        """The routing within the experts' capacity, and how many choices that dropped."""
+    def _bound(self, choice: ops.RouterTopK) -> tuple[Routing, Tensor | None]:
+        """The routing within the experts' capacity, and how many choices that dropped; None where there is no bound."""
         if self.capacity_factor is None:
-            return choice.routing, choice.topk_ids.new_zeros((), dtype=torch.int64)
+            return choice.routing, None
         num_experts = self.router.num_experts
         capacity = expert_capacity(choice.topk_ids.numel(), num_experts, self.capacity_factor)
         backend = self.router.backend
@@ -202,8 +202,10 @@ class MoE(nn.Module):
         )
         return ops.routing_from_topk(ids, choice.topk_weights, num_experts, backend=backend), num_dropped
 
-    def _aux(self, choice: ops.RouterTopK, num_dropped: Tensor) -> MoEAux:
+    def _aux(self, choice: ops.RouterTopK, num_dropped: Tensor | None) -> MoEAux:
         load = choice.routing.group_sizes.float()
+        if num_dropped is None:
+            num_dropped = load.new_zeros((), dtype=torch.int64)
         loss = None
         if self.balance.loss_weight:
             num_tokens, top_k = choice.topk_ids.shape

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -342,20 +342,10 @@ class Trainer:
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:
-    """A moving average of the model's weights and buffers, in evaluation mode."""
-    ema = AveragedModel(model, multi_avg_fn=ema_update(decay), use_buffers=True)
+    """A moving average of the model's weights, in evaluation mode, with its buffers as they are now.
+
+    DiffMoE's thresholds are a moving average already, from 0 on: averaged once more they would stay near 0 for
+    1 / (1 - decay) steps, and send every token to every expert.
+    """
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     return ema.eval().requires_grad_(False)
-
-
-def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
-    """`get_ema_multi_avg_fn` for floats; others are copied, since an average of integers is rounded towards zero."""
-    average = get_ema_multi_avg_fn(decay)
-
-    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Any) -> None:
-        if averaged[0].is_floating_point():
-            average(averaged, current, num_averaged)
-        else:
-            for target, source in zip(averaged, current, strict=True):
-                target.copy_(source)
-
-    return update

@@ -8,6 +8,7 @@ same kernels, tiles and specialisations. Must run without TRITON_INTERPRET. Prin
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -44,6 +45,8 @@ class Compiled:
     widest_load: bits of the widest load from global memory, of a thread.
     loads_in_flight: copies to shared memory that may still be under way where the code waits for one.
     bulk_copies: instructions of the bulk copy engine.
+    serialized: whether ptxas says that it runs warp-group products one by one. Asked on sm_90 alone.
+    instructions: of its machine code outside of loops, then in each loop but not in one within it, innermost first.
     compiled_as: what Triton keeps the kernel under; the same where a launch needs no other code.
     """
 
@@ -58,6 +61,8 @@ class Compiled:
     widest_load: int
     loads_in_flight: int
     bulk_copies: int
+    serialized: bool
+    instructions: list[int]
     compiled_as: str
 
 
@@ -105,8 +110,8 @@ def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        report = run_tool("cuobjdump", "-res-usage", file.name)
+        instructions = count_instructions(run_tool("nvdisasm", "-c", file.name))
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     code = kernel.asm["ptx"]
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", code)
@@ -124,8 +129,48 @@ def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
         widest_load=max(widths, default=0),
         loads_in_flight=max((int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", code)), default=0),
         bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", code)),
+        serialized=capability == 90 and "wgmma" in code and is_serialized(code),
+        instructions=instructions,
         compiled_as=kernel.hash,
     )
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    result = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+@functools.cache  # launches of one kernel share its code
+def is_serialized(code: str) -> bool:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(code)
+        file.flush()
+        return "wgmma.mma_async instructions are serialized" in run_tool(
+            "ptxas", "-v", "--gpu-name=sm_90a", "--output-file=/dev/null", file.name
+        )
+
+
+def count_instructions(listing: str) -> list[int]:
+    """As `Compiled.instructions` has them. A loop is what lies between a jump back and where it goes."""
+    labels: dict[str, int] = {}
+    jumps: list[tuple[str, int]] = []
+    count = 0
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = count
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w+)(.*);", line):
+            if found[1] == "BRA" and (goal := re.search(r"\.L_\w+", found[2])) and goal[0] in labels:
+                jumps.append((goal[0], count))
+            count += found[1] != "NOP"
+    spans = sorted(
+        {(labels[goal], at + 1) for goal, at in jumps if labels[goal] < at}, key=lambda span: span[1] - span[0]
+    )
+    own = []
+    for i, (begin, end) in enumerate(spans):
+        inner = [span for span in spans[:i] if begin <= span[0] and span[1] <= end]
+        covered = set().union(*(range(*span) for span in inner))
+        own.append(end - begin - len(covered))
+    return [count - sum(own), *own]
 
 
 def main(capability: int, cases: dict[str, tuple[Callable[[], object], torch.dtype]]) -> None:

@@ -312,3 +312,25 @@ def test_a_bias_of_any_layout_and_dtype(monkeypatch, kind, dtype):
         expected = ops.grouped_gemm(**inputs, offs=offs, bias=bias, backend="reference")
         assert_close(ops.grouped_gemm(**inputs, offs=offs, bias=bias, backend="triton"), expected)
     assert seen == [dtype] * 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_grouped_mm_is_given_begins_at_whole_16_bytes(form, monkeypatch):
+    """On CUDA it raises otherwise."""
+    multiply, given = F.grouped_mm, []
+
+    def recorded(x, w, **options):
+        given.extend((x.data_ptr() % 16, w.data_ptr() % 16))
+        return multiply(x, w, **options)
+
+    monkeypatch.setattr(_torch.F, "grouped_mm", recorded)
+    offs = None if form == "batched" else torch.tensor([4, 8, 12], dtype=torch.int32)
+    inputs = {}
+    for name, one in operands(form, 3).items():
+        flat = torch.randn(one.numel() + 1)[1:]
+        inputs[name] = flat.view(one.shape).requires_grad_()
+        assert inputs[name].data_ptr() % 16
+    out = ops.grouped_gemm(**inputs, offs=offs, backend="torch")
+    assert_close(out, gemm_loop(**inputs, offs=offs))
+    torch.autograd.grad(out.square().sum(), list(inputs.values()))
+    assert given and not any(given)

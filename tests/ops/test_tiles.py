@@ -146,15 +146,26 @@ def test_odd_layouts_take_pointer_loads():
     check(multiply_rows(x, w, offsets(), tile=TILES[1]), by_group(x, w))
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("generation", [80, 90, 100])
 @pytest.mark.parametrize("rows_a_group", [1, 64, 4096])
-def test_default_tiles(monkeypatch, capability, rows_a_group):
+def test_default_tiles(monkeypatch, generation, rows_a_group):
     """Descriptors from sm_90 on, tensor-core shapes, and a tile that is not twice as wide as the columns."""
-    monkeypatch.setattr(tiles, "compute_capability", lambda: capability)
+    monkeypatch.setattr(tiles, "chip_generation", lambda: generation)
     for dtype in DTYPES:
         for columns in (64, 128, 448, 4096):
             for paired in (False, True):
                 tile = tiles.pick_tile(rows_a_group * 8, 8, columns, 1024, dtype, paired=paired)
-                assert tile.descriptors == (capability >= 90 and dtype != torch.float32)
+                assert tile.descriptors == (generation >= 90 and dtype != torch.float32)
                 assert tile.n <= 64 or tile.n < 2 * columns
                 assert tile.k >= 16 and tile.m >= (64 if tile.descriptors else 32)
+
+
+def test_weights_whose_rows_are_far_apart():
+    """Past 2^31 elements within a tile; of the memory in between no page is touched."""
+    stride, depth, columns = 70_000_000, 40, 24
+    memory = torch.empty(depth * stride, dtype=torch.float16, device=DEVICE)
+    w = memory.as_strided((1, depth, columns), (0, stride, 1))
+    w.normal_()
+    x = randn(ROWS, depth, dtype=torch.float16)
+    offs = torch.tensor([ROWS], dtype=torch.int32, device=DEVICE)
+    check(multiply_rows(x, w, offs, tile=TILES[0]), x @ w[0].contiguous())

@@ -262,3 +262,27 @@ def test_a_float64_residual_is_refused():
     residual = torch.randn(NUM_TOKENS, HIDDEN, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="the residual is torch.float64"):
         ops.experts(tokens(), routing_of(), **parameters(), residual=residual, backend="triton")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_grouped_mm_is_given_weights_that_begin_at_whole_16_bytes(bias, monkeypatch):
+    """On CUDA it raises otherwise; a flat parameter may have them anywhere."""
+    products = pytest.importorskip("diffmoe_kernels.ops.experts._grouped_mm")
+    multiply, given = products.F.grouped_mm, []
+
+    def recorded(x, w, **options):
+        given.extend((x.data_ptr() % 16, w.data_ptr() % 16))
+        return multiply(x, w, **options)
+
+    monkeypatch.setattr(products.F, "grouped_mm", recorded)
+    x, routing, results = tokens(torch.bfloat16), routing_of(), []
+    for shift in (0, 1):
+        torch.manual_seed(0)
+        leaves = {}
+        for name, one in parameters(torch.bfloat16, bias).items():
+            flat = torch.empty(one.numel() + shift, dtype=one.dtype)[shift:]
+            leaves[name] = flat.copy_(one.detach().flatten()).view(one.shape).requires_grad_()
+        y = experts(x, routing, **leaves, backend=ON_KERNELS)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))])
+    assert given and not any(given)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

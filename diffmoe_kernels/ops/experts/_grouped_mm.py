@@ -172,6 +172,11 @@ def _sum_rows(rows: Tensor, gates: Tensor | None, group_offsets: Tensor, dtype: 
     return out
 
 
+def _aligned(weights: Tensor) -> Tensor:
+    """On CUDA grouped_mm wants them from 16 bytes on; views into one flat parameter may begin elsewhere."""
+    return weights if weights.data_ptr() % 16 == 0 else weights.clone()
+
+
 def forward(
     x: Tensor,
     token_indices: Tensor,
@@ -185,6 +190,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(T, D) -> rows (R, D) and the pre-activation (R, U), or (0, U) where it is not kept; neither is written past
     the last group."""
+    up, down = _aligned(up), _aligned(down)
     pre = F.grouped_mm(gather(x, token_indices, group_offsets), up.mT, offs=group_offsets)
     hidden = pre.new_empty(pre.shape[0], down.shape[2])
     _epilogue(pre, up_bias, group_offsets, hidden, activation)
@@ -213,6 +219,7 @@ def backward(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
     """grad (T, D) -> gradients by x, gates, up, down and their biases; None where not asked for."""
+    up, down = _aligned(up), _aligned(down)
     grad_rows = gather(grad, token_indices, group_offsets)
     grad_hidden = F.grouped_mm(grad_rows, down, offs=group_offsets)
     grad_pre, weighted, grad_gates = torch.empty_like(pre), torch.empty_like(grad_hidden), torch.empty_like(gates)

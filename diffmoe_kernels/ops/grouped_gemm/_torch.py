@@ -95,7 +95,7 @@ class _AlignedGradient(torch.autograd.Function):
 
 
 def _aligned(matrix: Tensor, divided: int | None) -> Tensor:
-    """The same numbers with one stride of 1 and one of whole 16 bytes, the latter on dim ``divided``.
+    """The same numbers from 16 bytes on, with one stride of 1 and one of whole 16 bytes, the latter on dim ``divided``.
 
     There groups may begin anywhere; on the other one grouped_mm wants every group to begin at whole 16 bytes.
     """
@@ -103,11 +103,17 @@ def _aligned(matrix: Tensor, divided: int | None) -> Tensor:
     row_major, column_major = (-2, -1, columns), (-1, -2, rows)
     for long, short, size in {0: [row_major], 1: [column_major], None: [row_major, column_major]}[divided]:
         stride = matrix.stride(long)
-        if matrix.stride(short) == 1 and stride >= size and stride * matrix.element_size() % 16 == 0:
+        is_aligned = stride * matrix.element_size() % 16 == 0 and _begins_aligned(matrix)
+        if matrix.stride(short) == 1 and stride >= size and is_aligned:
             return matrix
     if divided == 1:
         return matrix.mT.clone(memory_format=torch.contiguous_format).mT
     return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _begins_aligned(matrix: Tensor) -> bool:
+    """At whole 16 bytes of its storage. Dynamo can't tell; what inductor allocates does."""
+    return torch.compiler.is_compiling() or matrix.storage_offset() * matrix.element_size() % 16 == 0
 
 
 def _reached(matrix: Tensor, offs: Tensor | None, dim: int | None) -> Tensor:

@@ -104,7 +104,7 @@ def _rows_kernel(
         else:
             x_at = x + rows.to(tl.int64)[:, None] * stride_x + k[None, :]
             w_at = w + group.to(tl.int64) * stride_we
-            w_at = w_at + k[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
+            w_at = w_at + k.to(tl.int64)[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
             for start in range(0, depth, BLOCK_K):
                 in_x, in_w = in_rows, in_columns
                 if depth % BLOCK_K != 0:

@@ -15,7 +15,7 @@ from itertools import product
 import torch
 
 from diffmoe_kernels.autotune import best_tile
-from diffmoe_kernels.triton_support import Tile, compute_capability, input_precision, next_power_of_2
+from diffmoe_kernels.triton_support import Tile, chip_generation, input_precision, next_power_of_2
 
 FEW, SOME = 32, 128  # rows of an average group, up to which a tile of 32 or 64 rows wastes less than one of 128
 
@@ -59,7 +59,7 @@ def pick_tile(
         return _FLOAT32["paired" if paired else kind]
     if num_columns % 8 or depth % 8:
         return _UNALIGNED
-    tile = (_PAIRED if paired else _PLAIN)[_generation(), kind]
+    tile = (_PAIRED if paired else _PLAIN)[min(chip_generation(), 90), kind]
     return _narrowed(tile, num_columns)
 
 
@@ -67,7 +67,7 @@ def pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype) -> Tile:
     """The tile of a product (E, size_m, size_n) over each group's rows."""
     if dtype == torch.float32:
         return _FLOAT32["weight_grad"]
-    return _UNALIGNED if size_m % 8 or size_n % 8 else _narrowed(_WEIGHT_GRAD[_generation()], size_n)
+    return _UNALIGNED if size_m % 8 or size_n % 8 else _narrowed(_WEIGHT_GRAD[min(chip_generation(), 90)], size_n)
 
 
 def best_product_tile(
@@ -95,10 +95,6 @@ def best_weight_grad_tile(
     return best_tile("weight_grad", shape_class, default, candidates(dtype, weight_grad=True), launch)
 
 
-def _generation() -> int:
-    return 90 if compute_capability() >= 90 else 80
-
-
 def _narrowed(tile: Tile, num_columns: int) -> Tile:
     """Half as many columns as long as a tile would be half empty, or more."""
     n, warps = tile.n, tile.warps
@@ -113,15 +109,15 @@ def candidates(dtype: torch.dtype, *, paired: bool = False, weight_grad: bool = 
     if dtype == torch.float32:
         yield from (*_FLOAT32.values(), Tile(32, 32, 32, 4, 3), Tile(128, 64, 16, 8, 3))
         return
-    capability = compute_capability()
-    limit = 227 * 1024 if capability >= 90 else 99 * 1024
+    is_new = chip_generation() >= 90
+    limit = (227 if is_new else 99) * 1024
     accumulators = 2 if paired else 1
-    heights, depths = ((64, 128), (64,)) if capability >= 90 else ((32, 64, 128), (32, 64))
+    heights, depths = ((64, 128), (64,)) if is_new else ((32, 64, 128), (32, 64))
     for m, n, k, warps in product(heights, (64, 128, 256), depths, (4, 8)):
         if accumulators * m * n > 128 * 32 * warps:
             continue
         for stages in (3, 4):
             if stages * 2 * k * (m + accumulators * n) > limit:
                 continue
-            for descriptors in (False, True) if capability >= 90 and not weight_grad else (False,):
+            for descriptors in (False, True) if is_new and not weight_grad else (False,):
                 yield Tile(m, n, k, warps, stages, descriptors=descriptors)

@@ -11,13 +11,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.ops.rope_attention._prepare import Settings, load_prepared, store_prepared_backward
+from diffmoe_kernels.ops.rope_attention._prepare import (
+    Settings,
+    add_weighted,
+    keep_head,
+    keep_prepared,
+    load_head,
+    load_prepared,
+    multiply_heads,
+    row_products,
+    scale_head,
+    store_head,
+    store_prepared_backward,
+    zeros_like_head,
+)  # fmt: skip
 from diffmoe_kernels.ops.rope_attention._triton import LOG2E
-from diffmoe_kernels.ops.rope_attention.tiles import pick_tile
+from diffmoe_kernels.ops.rope_attention.tiles import pick_tile, programs_of_head
+
+
+@triton.jit
+def _query_grad(
+    q, k, v, grads, log_sum, by_sum, tokens, num_tokens, grad_q,
+    PRECISION: tl.constexpr, TAIL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a block of queries, with what these keys add."""
+    weights = tl.exp2(multiply_heads(q, k, PRECISION, TAIL) - log_sum[:, None])
+    if not WHOLE:
+        weights = tl.where((tokens < num_tokens)[None, :], weights, 0.0)
+    by_scores = weights * (multiply_heads(grads, v, PRECISION, TAIL) - by_sum[:, None])
+    return add_weighted(grad_q, by_scores.to(k[0].dtype), k, PRECISION, TAIL)
+
+
+@triton.jit
+def _key_grads(k, v, q, grads, log_sum, by_sum, grad_k, grad_v, PRECISION: tl.constexpr, TAIL: tl.constexpr):
+    """The gradients of a block of keys and values, with what these queries add. All is (keys, queries)."""
+    weights = tl.exp2(multiply_heads(k, q, PRECISION, TAIL) - log_sum[None, :])
+    grad_v = add_weighted(grad_v, weights.to(k[0].dtype), grads, PRECISION, TAIL)
+    by_scores = weights * (multiply_heads(v, grads, PRECISION, TAIL) - by_sum[None, :])
+    return add_weighted(grad_k, by_scores.to(k[0].dtype), q, PRECISION, TAIL), grad_v
 
 
 # qkv (B, N, H + 2 Hkv, d), out, grad (B, N, H, d), lse (B, H, N) -> the queries of grad_qkv, delta (B, H, N),
-# by_weight, by_bias (B, H, blocks of N, d): parts of the gradients of q's norm
+# by_weight, by_bias (B, H, blocks of N, d): parts of the gradients of q's norm. KEPT: see `_forward_kernel`
 @triton.jit
 def _query_backward_kernel(
     qkv,
@@ -35,70 +70,75 @@ def _query_backward_kernel(
     by_weight,
     by_bias,
     num_tokens,
-    num_prefix,
     scale,
     eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
+    NUM_PREFIX: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
+    TAIL: tl.constexpr,
     ROPE: tl.constexpr,
     NORM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEPT: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    block, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head = NUM_HEADS + head // (NUM_HEADS // NUM_KV_HEADS)
     stride: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * D
-    kind = qkv.dtype.element_ty
     qkv += sample * num_tokens * stride
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = rows < num_tokens
-    q1, q2 = load_prepared(
-        qkv + head * D, rows, num_tokens, stride, cos, sin, num_prefix, q_weight, q_bias, eps,
-        ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF,
+    q_head, k_head, v_head = qkv + head * D, qkv + kv_head * D, qkv + (kv_head + NUM_KV_HEADS) * D
+    of_head = (sample * num_tokens * NUM_HEADS + head) * D  # in out and grad
+    by_row = (sample * NUM_HEADS + head) * num_tokens  # in lse and delta
+    kept_keys = keep_prepared(
+        k_head, num_tokens, stride, cos, sin, k_weight, k_bias, eps, 1.0,
+        ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE, KEPT, BLOCK_N,
     )  # fmt: skip
-    q1, q2 = (q1 * (scale * LOG2E)).to(kind), (q2 * (scale * LOG2E)).to(kind)
-    column = tl.arange(0, 2 * HALF)
-    at = ((sample * num_tokens + rows)[:, None] * NUM_HEADS + head) * D + column[None, :]
-    in_heads = in_rows[:, None] & (column < D)[None, :]
-    grads = tl.load(grad + at, mask=in_heads, other=0.0)
-    outs = tl.load(out + at, mask=in_heads, other=0.0)
-    by_sum = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
-    of_head = (sample * NUM_HEADS + head) * num_tokens
-    tl.store(delta + of_head + rows, by_sum, mask=in_rows)
-    log_sum = tl.load(lse + of_head + rows, mask=in_rows, other=0.0)
-    grad_q1 = tl.zeros((BLOCK_M, HALF), tl.float32)
-    grad_q2 = tl.zeros((BLOCK_M, HALF), tl.float32)
-    for start in range(0, num_tokens, BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N)
-        inside = tokens < num_tokens
-        k1, k2 = load_prepared(
-            qkv + kv_head * D, tokens, num_tokens, stride, cos, sin, num_prefix, k_weight, k_bias, eps,
-            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF,
+    kept_values = keep_head(v_head, num_tokens, stride, D, HALF, TAIL, WHOLE, KEPT, BLOCK_N)
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_M), tl.num_programs(0), disable_licm=True):
+        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        q = load_prepared(
+            q_head, rows, num_tokens, stride, cos, sin, q_weight, q_bias, eps, scale * LOG2E,
+            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
         )  # fmt: skip
-        k1, k2 = k1.to(kind), k2.to(kind)
-        scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-        scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
-        weights = tl.where(inside[None, :], tl.exp2(scores - log_sum[:, None]), 0.0)
-        value_at = qkv + (kv_head + NUM_KV_HEADS) * D + tokens.to(tl.int64)[:, None] * stride + column[None, :]
-        values = tl.load(value_at, mask=inside[:, None] & (column < D)[None, :], other=0.0)
-        by_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-        by_scores = (weights * (by_weights - by_sum[:, None])).to(kind)
-        grad_q1 = tl.dot(by_scores, k1, grad_q1, input_precision=PRECISION)
-        grad_q2 = tl.dot(by_scores, k2, grad_q2, input_precision=PRECISION)
-    part = ((sample * NUM_HEADS + head) * tl.num_programs(0) + block) * D
-    store_prepared_backward(
-        qkv + head * D, grad_qkv + sample * num_tokens * stride + head * D, by_weight + part, by_bias + part,
-        grad_q1 * scale, grad_q2 * scale, rows, num_tokens, stride, cos, sin, num_prefix, q_weight, eps,
-        ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF,
-    )  # fmt: skip
+        grads = load_head(grad + of_head, rows, num_tokens, NUM_HEADS * D, D, HALF, TAIL, WHOLE)
+        outs = load_head(out + of_head, rows, num_tokens, NUM_HEADS * D, D, HALF, TAIL, WHOLE)
+        by_sum = row_products(grads, outs, TAIL)
+        tl.store(delta + by_row + rows, by_sum, mask=rows < num_tokens)
+        log_sum = tl.load(lse + by_row + rows, mask=rows < num_tokens, other=0.0)
+        grad_q = zeros_like_head(BLOCK_M, HALF, TAIL)
+        if KEPT > 0:
+            for i in tl.static_range(KEPT):
+                grad_q = _query_grad(
+                    q, kept_keys[i], kept_values[i], grads, log_sum, by_sum, tl.arange(0, BLOCK_N),
+                    num_tokens - i * BLOCK_N, grad_q, PRECISION, TAIL, WHOLE or i < KEPT - 1,
+                )  # fmt: skip
+        else:
+            for start in range(0, num_tokens, BLOCK_N):
+                tokens = start + tl.arange(0, BLOCK_N)
+                k = load_prepared(
+                    k_head, tokens, num_tokens, stride, cos, sin, k_weight, k_bias, eps, 1.0,
+                    ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
+                )  # fmt: skip
+                v = load_head(v_head, tokens, num_tokens, stride, D, HALF, TAIL, WHOLE)
+                grad_q = _query_grad(
+                    q, k, v, grads, log_sum, by_sum, tokens, num_tokens, grad_q, PRECISION, TAIL, WHOLE
+                )
+        part = ((sample * NUM_HEADS + head) * tl.cdiv(num_tokens, BLOCK_M) + block) * D
+        store_prepared_backward(
+            q_head, grad_qkv + sample * num_tokens * stride + head * D, by_weight + part, by_bias + part,
+            scale_head(grad_q, scale, TAIL), rows, num_tokens, stride, cos, sin, q_weight, eps,
+            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
+        )  # fmt: skip
 
 
-# the same -> the keys and values of grad_qkv, by_weight, by_bias (B, Hkv, blocks of N, d): of k's norm
+# the same -> the keys and values of grad_qkv, by_weight, by_bias (B, Hkv, blocks of N, d): of k's norm. KEPT: blocks of
+# queries and their gradients that stay in shared memory, where a key's head has one head of queries
 @triton.jit
 def _key_backward_kernel(
     qkv,
@@ -115,72 +155,80 @@ def _key_backward_kernel(
     by_weight,
     by_bias,
     num_tokens,
-    num_prefix,
     scale,
     eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
+    NUM_PREFIX: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
+    TAIL: tl.constexpr,
     ROPE: tl.constexpr,
     NORM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEPT: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    block, group, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head = NUM_HEADS + group
     stride: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * D
-    kind = qkv.dtype.element_ty
-    qkv += sample * num_tokens * stride
     grad_qkv += sample * num_tokens * stride
-    tokens = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = tokens < num_tokens
-    k1, k2 = load_prepared(
-        qkv + kv_head * D, tokens, num_tokens, stride, cos, sin, num_prefix, k_weight, k_bias, eps,
-        ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF,
+    qkv += sample * num_tokens * stride
+    k_head, v_head = qkv + kv_head * D, qkv + (kv_head + NUM_KV_HEADS) * D
+    grad_v_head = grad_qkv + (kv_head + NUM_KV_HEADS) * D
+    grad += sample * num_tokens * NUM_HEADS * D
+    lse += sample * NUM_HEADS * num_tokens
+    delta += sample * NUM_HEADS * num_tokens
+    kept_queries = keep_prepared(
+        qkv + group * D, num_tokens, stride, cos, sin, q_weight, q_bias, eps, scale * LOG2E,
+        ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE, KEPT, BLOCK_M,
     )  # fmt: skip
-    k1, k2 = k1.to(kind), k2.to(kind)
-    column = tl.arange(0, 2 * HALF)
-    in_heads = inside[:, None] & (column < D)[None, :]
-    value_at = (kv_head + NUM_KV_HEADS) * D + tokens.to(tl.int64)[:, None] * stride + column[None, :]
-    values = tl.load(qkv + value_at, mask=in_heads, other=0.0)
-    grad_k1 = tl.zeros((BLOCK_N, HALF), tl.float32)
-    grad_k2 = tl.zeros((BLOCK_N, HALF), tl.float32)
-    grad_v = tl.zeros((BLOCK_N, 2 * HALF), tl.float32)
-    num_blocks = tl.cdiv(num_tokens, BLOCK_M)
-    for index in range(0, GROUP * num_blocks):
-        head = group * GROUP + index // num_blocks
-        rows = index % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-        in_rows = rows < num_tokens
-        q1, q2 = load_prepared(
-            qkv + head * D, rows, num_tokens, stride, cos, sin, num_prefix, q_weight, q_bias, eps,
-            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF,
+    kept_grads = keep_head(grad + group * D, num_tokens, NUM_HEADS * D, D, HALF, TAIL, WHOLE, KEPT, BLOCK_M)
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_N), tl.num_programs(0), disable_licm=True):
+        tokens = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = load_prepared(
+            k_head, tokens, num_tokens, stride, cos, sin, k_weight, k_bias, eps, 1.0,
+            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
         )  # fmt: skip
-        q1, q2 = (q1 * (scale * LOG2E)).to(kind), (q2 * (scale * LOG2E)).to(kind)
-        grad_at = grad + ((sample * num_tokens + rows)[:, None] * NUM_HEADS + head) * D + column[None, :]
-        grads = tl.load(grad_at, mask=in_rows[:, None] & (column < D)[None, :], other=0.0)
-        of_head = (sample * NUM_HEADS + head) * num_tokens
-        log_sum = tl.load(lse + of_head + rows, mask=in_rows, other=float("inf"))  # rows that are not weigh nothing
-        by_sum = tl.load(delta + of_head + rows, mask=in_rows, other=0.0)
-        scores = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-        scores = tl.dot(k2, tl.trans(q2), scores, input_precision=PRECISION)
-        weights = tl.exp2(scores - log_sum[None, :])
-        grad_v = tl.dot(weights.to(kind), grads, grad_v, input_precision=PRECISION)
-        by_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-        by_scores = (weights * (by_weights - by_sum[None, :])).to(kind)
-        grad_k1 = tl.dot(by_scores, q1, grad_k1, input_precision=PRECISION)
-        grad_k2 = tl.dot(by_scores, q2, grad_k2, input_precision=PRECISION)
-    tl.store(grad_qkv + value_at, grad_v.to(kind), mask=in_heads)
-    part = ((sample * NUM_KV_HEADS + group) * tl.num_programs(0) + block) * D
-    store_prepared_backward(
-        qkv + kv_head * D, grad_qkv + kv_head * D, by_weight + part, by_bias + part,
-        grad_k1 / LOG2E, grad_k2 / LOG2E, tokens, num_tokens, stride, cos, sin, num_prefix, k_weight, eps,
-        ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF,
-    )  # fmt: skip
+        v = load_head(v_head, tokens, num_tokens, stride, D, HALF, TAIL, WHOLE)
+        grad_k = zeros_like_head(BLOCK_N, HALF, TAIL)
+        grad_v = zeros_like_head(BLOCK_N, HALF, TAIL)
+        if KEPT > 0:
+            for i in tl.static_range(KEPT):
+                row, left = tl.arange(0, BLOCK_M), num_tokens - i * BLOCK_M
+                at = group * num_tokens + row
+                # Rows that are not weigh nothing.
+                log_sum = tl.load(lse + at + i * BLOCK_M, mask=row < left, other=float("inf"))
+                by_sum = tl.load(delta + at + i * BLOCK_M, mask=row < left, other=0.0)
+                grad_k, grad_v = _key_grads(
+                    k, v, kept_queries[i], kept_grads[i], log_sum, by_sum, grad_k, grad_v, PRECISION, TAIL
+                )
+        else:
+            num_blocks = tl.cdiv(num_tokens, BLOCK_M)
+            for index in range(0, GROUP * num_blocks):
+                head = group * GROUP + index // num_blocks
+                rows = index % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+                q = load_prepared(
+                    qkv + head * D, rows, num_tokens, stride, cos, sin, q_weight, q_bias, eps, scale * LOG2E,
+                    ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
+                )  # fmt: skip
+                grads = load_head(grad + head * D, rows, num_tokens, NUM_HEADS * D, D, HALF, TAIL, WHOLE)
+                at = head.to(tl.int64) * num_tokens + rows
+                log_sum = tl.load(lse + at, mask=rows < num_tokens, other=float("inf"))
+                by_sum = tl.load(delta + at, mask=rows < num_tokens, other=0.0)
+                grad_k, grad_v = _key_grads(k, v, q, grads, log_sum, by_sum, grad_k, grad_v, PRECISION, TAIL)
+        store_head(grad_v_head, tokens, num_tokens, stride, grad_v, D, HALF, TAIL, WHOLE)
+        part = ((sample * NUM_KV_HEADS + group) * tl.cdiv(num_tokens, BLOCK_N) + block) * D
+        store_prepared_backward(
+            k_head, grad_qkv + kv_head * D, by_weight + part, by_bias + part, scale_head(grad_k, 1.0 / LOG2E, TAIL),
+            tokens, num_tokens, stride, cos, sin, k_weight, eps,
+            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
+        )  # fmt: skip
 
 
 def attend_backward(
@@ -201,24 +249,26 @@ def attend_backward(
         return grad_qkv, tuple(None if one is None else torch.zeros_like(one) for one in norms)
     delta = torch.empty_like(lse)
     tables = tuple(qkv if one is None else one for one in (cos, sin, *norms))
-    numbers = (num_tokens, settings.num_prefix_tokens, settings.scale, settings.norm_eps)
+    numbers = (num_tokens, settings.scale, settings.norm_eps)
     constants = settings.constants(qkv, norms)
 
     def parts(heads: int, blocks: int) -> tuple[Tensor, Tensor]:
         shapes = ((batch * heads * blocks, head_dim) if one is not None else (0,) for one in norms[:2])
         return tuple(qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
-    tile = pick_tile("query_backward", qkv.dtype, head_dim, settings.norm)
+    tile = pick_tile("query_backward", qkv.dtype, head_dim, settings.norm, num_tokens)
     blocks = triton.cdiv(num_tokens, tile.m)
     by_q = parts(num_heads, blocks)
-    _query_backward_kernel[(blocks, num_heads, batch)](
-        qkv, *tables, out, grad, lse, grad_qkv, delta, *by_q, *numbers, **constants, **tile.options
+    whole = num_tokens % max(tile.m, tile.n) == 0
+    _query_backward_kernel[(programs_of_head(tile, blocks, num_heads * batch, qkv), num_heads, batch)](
+        qkv, *tables, out, grad, lse, grad_qkv, delta, *by_q, *numbers, **constants, **tile.options, WHOLE=whole
     )
-    tile = pick_tile("key_backward", qkv.dtype, head_dim, settings.norm)
+    tile = pick_tile("key_backward", qkv.dtype, head_dim, settings.norm, num_tokens, num_heads // num_kv_heads)
     blocks = triton.cdiv(num_tokens, tile.n)
     by_k = parts(num_kv_heads, blocks)
-    _key_backward_kernel[(blocks, num_kv_heads, batch)](
-        qkv, *tables, grad, lse, delta, grad_qkv, *by_k, *numbers, **constants, **tile.options
+    whole = num_tokens % max(tile.m, tile.n) == 0
+    _key_backward_kernel[(programs_of_head(tile, blocks, num_kv_heads * batch, qkv), num_kv_heads, batch)](
+        qkv, *tables, grad, lse, delta, grad_qkv, *by_k, *numbers, **constants, **tile.options, WHOLE=whole
     )
     by_norms = (
         None if one is None else sums.sum(0).to(one.dtype) for one, sums in zip(norms, (*by_q, *by_k), strict=True)

@@ -64,7 +64,7 @@ def _backward_kernel(
         inverse = tl.full((TILE_T,), 1.0, tl.float32)
         if NORMALIZE:
             total = tl.zeros((TILE_T,), tl.float32)
-            for k in tl.static_range(K):
+            for k in range(K):  # unrolled it would compile for minutes where K is large
                 expert = tl.load(topk_ids + slots + k, mask=inside, other=0)
                 weight = tl.load(scores + begin * E + (tokens * E + expert), mask=inside, other=0.0)
                 total += weight
@@ -73,7 +73,7 @@ def _backward_kernel(
                 )
             inverse = 1.0 / (total + 1e-20)
             mean *= inverse
-        for k in tl.static_range(K):
+        for k in range(K):
             expert = tl.load(topk_ids + slots + k, mask=inside, other=0)
             grad_slot = _grad_of_slots(grad_weights, grad_gates, token_rows, slots + k, inside, HAS_WEIGHTS, HAS_GATES)
             grad_slot = (grad_slot - mean) * inverse * scaling_factor
