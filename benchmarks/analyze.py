@@ -73,6 +73,8 @@ class AnalyzeConfig:
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps", "batch_size"):
             require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
+        require(self, "cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
         fine = self.objective is None or self.official is not None
         require(self, "objective", fine, "left out without --official, a run has its own")
         require(self, "method", self.method != "dopri5", "a sampler of fixed times, such as euler or heun")
@@ -118,7 +120,8 @@ def record_usage(trained: TrainedModel, config: AnalyzeConfig) -> ExpertUsage:
     with recorder, experts_cast_once(model, config.precision):
         for part in labels.split(config.batch_size):
             recorder.start_batch(len(part))
-            next(batches)
+            if not next(batches).isfinite().all():
+                raise ValueError("images hold NaN or infinity: the model diverged, and its routing says nothing")
     return recorder.usage()
 
 

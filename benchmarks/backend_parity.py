@@ -49,11 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batches = [(images.to(device), labels.to(device)) for images, labels in blobs(options.steps, BATCH_SIZE)]
     found = {}
     try:
+        if options.output is not None:  # before the work: where nothing can be written is told at once
+            options.output.parent.mkdir(parents=True, exist_ok=True)
         for model in options.models:
             print(f"{model}: {options.steps} steps, {len(SEEDS) + 1} times", flush=True)
             make_model = partial(_make_model, model)
             found[model] = compare_backends(make_model, batches, backend=backend)
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     about = (
@@ -65,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{format_report(found)}\n\n{about}\n{NOTES}")
     if options.output is not None:
         measures = {model: [dataclasses.asdict(one) for one in found[model]] for model in found}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({"about": about, "models": measures}, indent=2) + "\n")
     return 0 if all(one.passes for measures in found.values() for one in measures) else 1
 

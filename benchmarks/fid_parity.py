@@ -6,6 +6,7 @@ By default on the digits on a CPU, by digits-FD; on ImageNet by FID-50K with `--
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import sys
@@ -88,6 +89,7 @@ class ParityConfig:
                 object.__setattr__(self, name, value)
         for name in ("seeds", "steps", "num_samples"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
         require(self, "jobs", self.jobs is None or self.jobs >= 1, "at least 1")
         if self.is_digits:
             require(self, "num_samples", self.num_samples == DIGITS["num_samples"], "500 for the digits")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ SAME = ("device", "compute_capability", "driver", "torch", "cuda", "triton", "co
 
 
 def load(paths: Sequence[Path]) -> dict[str, Any]:
-    """The files as one: of a pair that two of them time the later counts, and the higher of each ceiling.
+    """The files as one: of a pair that two of them time the later counts, and the higher of each ceiling; what one of
+    them timed is not among what was not run.
 
     Raises:
         OSError: a file that can't be read.
@@ -27,10 +28,16 @@ def load(paths: Sequence[Path]) -> dict[str, Any]:
     merged = dict(parts[0])
     for key in ("benchmarks", "not_run"):
         merged[key] = [one for part in parts for one in part.get(key, [])]
+    timed = {_case(one.get("extra_info", {})) for one in merged["benchmarks"]}
+    merged["not_run"] = [one for one in merged["not_run"] if "provider" not in one or _case(one) not in timed]
     ceilings = [part.get("run", {}).get("ceilings", {}) for part in parts]
     best = {name: max(one[name] for one in ceilings if name in one) for name in set().union(*ceilings)}
     merged["run"] = {**first, "ceilings": best}
     return merged
+
+
+def _case(facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(facts.get(key) for key in ("op", "name", "direction", "provider"))
 
 
 def _read(path: Path) -> dict[str, Any]:

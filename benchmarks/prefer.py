@@ -101,11 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         new = rows(load(options.results), ", ".join(path.name for path in options.results))
+        old = []
+        if options.table.exists():
+            measured.load(options.table)  # raises for what is no table
+            old = json.loads(options.table.read_text())
+        options.table.write_text(json.dumps(merged(old, new), indent=1) + "\n")
     except (OSError, ValueError) as error:
         print(f"benchmarks.prefer: {error}", file=sys.stderr)
         return 2
-    old = json.loads(options.table.read_text()) if options.table.exists() else []
-    options.table.write_text(json.dumps(merged(old, new), indent=1) + "\n")
     for row in new:
         print(f"{row['op']}, {row['shape_class']}: {row['fastest']}")
     return 0

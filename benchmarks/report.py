@@ -121,7 +121,7 @@ def _rate(ms: float, record: Mapping[str, Any], limits: Mapping[str, float]) -> 
         return ""
     unit = max(shares, key=shares.__getitem__)
     value, prefix = rates[unit][0] / 1e9, "G"
-    if unit == "FLOP/s" and value >= 1e3:
+    if value >= 1e3:
         value, prefix = value / 1e3, "T"
     return f"{value:.3g} {prefix}{unit}, {shares[unit]:.0%}"
 

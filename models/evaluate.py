@@ -45,9 +45,14 @@ def evaluate(config: EvaluateConfig) -> Scores | FidScores:
     """Score the samples that `config` names and write the JSON that it asks for, in a new folder if need be.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or the scores can't be written.
         ValueError: an unknown dataset, a damaged file, parts that are no whole run, or samples that do not fit.
     """
+    output = None if config.output is None else Path(config.output)
+    if output is not None:  # before the work: where nothing can be written is told at once
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError(f"{output} is a folder: --output is the file for the scores")
     if config.inception is not None:
         scores = _fid(config)
         against = {"inception": config.inception, "reference": config.reference}
@@ -55,9 +60,7 @@ def evaluate(config: EvaluateConfig) -> Scores | FidScores:
         data = load_dataset(config.data)
         images, labels = load_samples(config.samples)
         scores, against = score_samples(images, data, labels=labels), {"data": config.data}
-    if config.output is not None:
-        output = Path(config.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
+    if output is not None:
         record = {"samples": config.samples, **against, **dataclasses.asdict(scores)}
         output.write_text(json.dumps(record, indent=2) + "\n")
     return scores

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -73,6 +74,8 @@ class SampleConfig:
         for name in ("num_samples", "part_size", "steps", "batch_size"):
             require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         require(self, "first", self.first >= 0, "at least 0")
+        require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
+        require(self, "cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
         fine = self.join is None or self.part_size is not None
         require(self, "join", fine, "left out without --part-size, since all is in one file already")
         fine = self.objective is None or self.official is not None
@@ -231,6 +234,10 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
     request = _request(config, trained, decoder) if in_parts else None
     starts = range(config.first, end, config.part_size or config.num_samples)
     archives = [output / (part_name(start) if in_parts else WHOLE) for start in starts]
+    # Before the work: where nothing can be written is told at once.
+    output.mkdir(parents=True, exist_ok=True)
+    if config.join is not None:
+        Path(config.join).parent.mkdir(parents=True, exist_ok=True)
     with experts_cast_once(model, config.precision):
         for start, archive in zip(starts, archives, strict=True):
             part = labels[start : min(start + starts.step, end)]
@@ -250,13 +257,11 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
                 start,
             )
             images = torch.cat([to_images(batch, decoder) for batch in batches])
-            output.mkdir(parents=True, exist_ok=True)
             origin = {"first": start, "request": request} if in_parts else None
             save_npz(archive, images, None if config.unconditional else part, origin=origin)
     grid = output / (f"grid-{config.first:06d}.png" if config.first else "grid.png")
     _save_grid(grid, archives[0], labels[config.first :], classes)
     if config.join is not None:
-        Path(config.join).parent.mkdir(parents=True, exist_ok=True)
         join_npz(archives, config.join)
     return grid, archives
 
@@ -299,7 +304,7 @@ def _check_part(archive: Path, count: int, request: dict[str, Any]) -> None:
     if image_shape(archive)[0] != count:
         raise ValueError(
             f"{archive} holds {image_shape(archive)[0]} images, but {count} belong into it: "
-            "keep --part-size as it was, or remove the file"
+            "keep --num-samples and --part-size as they were, or remove the file"
         )
 
 

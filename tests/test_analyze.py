@@ -306,6 +306,7 @@ def test_experts_that_take_equally_many_tokens_of_each_sample(tmp_path) -> None:
         (["--method", "dopri5"], "method must be a sampler of fixed times"),
         (["--classes", "10"], "10"),
         (["--num-samples", "0"], "num_samples must be at least 1"),
+        (["--cfg-scale", ".inf"], "cfg_scale must be a finite number, got inf"),
         (["--objective", "flow"], "objective must be left out without --official"),
         (["--ckpt", "nowhere"], "nowhere"),
     ],

@@ -86,6 +86,15 @@ def test_files_as_one(tmp_path, capsys) -> None:
     assert files.load(paths[:1]) == part("DSMoE-L-E16")
 
 
+def test_what_another_file_timed_was_run(tmp_path) -> None:
+    first, second = part("DSMoE-L-E16"), part("DSMoE-L-E16")
+    missed = first["benchmarks"].pop()["extra_info"]
+    first["not_run"].append({**missed, "test": "t", "outcome": "skipped", "reason": "the budget was spent"})
+    paths = saved(tmp_path, one=first, two=second)
+    assert "the budget was spent" in str(files.load(paths[:1])["not_run"])
+    assert "the budget was spent" not in str(files.load(paths)["not_run"])
+
+
 @pytest.mark.parametrize(("key", "other"), [("device", "NVIDIA A100"), ("torch", "2.12.0"), ("commit", "def")])
 def test_files_of_two_runs_are_refused(key, other, tmp_path, capsys) -> None:
     paths = saved(tmp_path, one=part("DSMoE-L-E16"), two=part("DSMoE-L-E48", **{key: other}))

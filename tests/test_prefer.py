@@ -71,6 +71,16 @@ def test_a_run_without_a_gpu_is_refused(tmp_path, capsys) -> None:
     assert not table.exists()
 
 
+@pytest.mark.parametrize("content", ["{", "{}", '[{"op": "experts"}]'])
+def test_a_table_that_is_none_is_left_as_it_is(content, tmp_path, capsys) -> None:
+    file, table = tmp_path / "h200.json", tmp_path / "measured.json"
+    file.write_text(json.dumps(run(record("experts", "L", "triton", 2.0), record("experts", "L", "torch", 3.0))))
+    table.write_text(content)
+    assert prefer.main([str(file), "--table", str(table)]) == 2
+    assert "measured.json: expected a list of measured rows" in capsys.readouterr().err
+    assert table.read_text() == content
+
+
 def test_new_rows_replace_old_ones(tmp_path, capsys) -> None:
     file, table = tmp_path / "h200.json", tmp_path / "measured.json"
     times = {"experts": (2.0, 3.0), "unpermute": (0.1, 0.5)}

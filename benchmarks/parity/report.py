@@ -19,7 +19,8 @@ PUBLISHED = {
     "JiTMoE-B/16-E16": 4.23,
 }
 NOT_MEASURED = "not measured"
-NOTES = """Behind ± is the standard deviation over the seeds, of weights, data order, training noise and samples alike.
+NOTES = """Behind ± is the standard deviation over the seeds, of weights, data order, training noise and samples alike;
+with KID that between the subsets that it is a mean of, averaged over the seeds.
 loss: mean squared error of the velocity over the last tenth of training; between objectives it does not compare."""
 NOTES_OF_DIGITS = """digits-FD: Frechet distance of 500 samples to the 500 held-out images, lower is better. Its
 features are a small classifier's: it is not FID. floor: of 500 training images, what a perfect model of them reaches.

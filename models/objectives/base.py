@@ -158,6 +158,8 @@ class Objective(ABC):
         if model.training:
             raise ValueError("model is in training mode, where it drops labels: call model.eval() before sampling")
         _check_sampling_labels("labels", labels, noise, model)
+        if not math.isfinite(cfg_scale):
+            raise ValueError(f"cfg_scale: expected a finite number, got {cfg_scale}")
         if cfg_scale != 1.0:
             null_labels = _null_labels(model, noise) if null_labels is None else null_labels
             _check_sampling_labels("null_labels", null_labels, noise, model)

@@ -1,6 +1,7 @@
 """`TrainConfig`: the one place where a training option is named, typed, defaulted and explained."""
 
 import dataclasses
+import math
 from argparse import BooleanOptionalAction
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,8 @@ class TrainConfig:
         require(self, "sample_steps", self.sample_steps is None or self.sample_steps >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "workers"):
             require(self, name, getattr(self, name) >= 0, "at least 0")
+        require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
+        require(self, "sample_cfg_scale", math.isfinite(self.sample_cfg_scale), "a finite number")
         require(self, "learning_rate", self.learning_rate > 0, "above 0")
         require(self, "beta2", 0 <= self.beta2 < 1, "in [0, 1)")
         require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")

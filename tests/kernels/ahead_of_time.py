@@ -45,8 +45,9 @@ class Compiled:
     widest_load: bits of the widest load from global memory, of a thread.
     loads_in_flight: copies to shared memory that may still be under way where the code waits for one.
     bulk_copies: instructions of the bulk copy engine.
-    serialized: whether ptxas says that it runs warp-group products one by one. Asked on sm_90 alone.
-    instructions: of its machine code outside of loops, then in each loop but not in one within it, innermost first.
+    serialized: whether ptxas says that it runs warp-group products one by one; on sm_90.
+    instructions: of its machine code outside of loops, then in each loop but not in one within it, innermost first; on
+        sm_90.
     compiled_as: what Triton keeps the kernel under; the same where a launch needs no other code.
     """
 
@@ -111,7 +112,7 @@ def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         report = run_tool("cuobjdump", "-res-usage", file.name)
-        instructions = count_instructions(run_tool("nvdisasm", "-c", file.name))
+        instructions = count_instructions(run_tool("nvdisasm", "-c", file.name)) if capability == 90 else []
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     code = kernel.asm["ptx"]
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", code)

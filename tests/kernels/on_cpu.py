@@ -24,6 +24,9 @@ FLAGS = (
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",
+    # An index past the end of a shared array ends the process: in the emulator another array may lie there.
+    "-fsanitize=bounds",
+    "-fsanitize-undefined-trap-on-error",
     "-DDIFFMOE_ON_CPU",
     "-Wall",
     "-Werror",

@@ -42,6 +42,14 @@ def test_evaluate_ends_with_one_line_on_bad_input(tmp_path, capsys, size, labels
     assert re.match(f"error: .*{message}.*\n$", capsys.readouterr().err)
 
 
+def test_evaluate_says_that_it_cannot_write_before_it_scores(tmp_path, capsys, monkeypatch):
+    save_npz(tmp_path / "samples.npz", to_uint8(torch.zeros(500, 1, 8, 8)), None)
+    monkeypatch.setattr("models.evaluate.score_samples", lambda *_, **__: pytest.fail("scored"))
+    for output in (tmp_path, tmp_path / "samples.npz" / "scores.json"):
+        assert main(["--samples", str(tmp_path / "samples.npz"), "--output", str(output)]) == 2
+        assert "error: " in capsys.readouterr().err
+
+
 def test_evaluate_refuses_a_missing_and_a_damaged_file(tmp_path, capsys):
     assert main(["--samples", str(tmp_path / "samples.npz")]) == 2
     assert re.search(r"No such file.*samples\.npz", capsys.readouterr().err)

@@ -63,7 +63,7 @@ def assert_same(ours, expected):
     for name in FIELDS:
         one, other = getattr(ours, name), getattr(expected, name)
         assert one.dtype == other.dtype and one.shape == other.shape, name
-        bits = [x.view(torch.int32).where(x == x, 0) for x in (one, other)]
+        bits = [x.view(torch.int32).where(x == x, -1) for x in (one, other)]  # 0 is a number of its own
         assert torch.equal(*bits), f"{name}: got {one.tolist()}, expected {other.tolist()}"
 
 
