@@ -34,6 +34,8 @@ def load(file: Path = FILE) -> dict[Key, str]:
     """
     try:
         rows = json.loads(file.read_text())
+        if not isinstance(rows, list):
+            raise TypeError(f"not {type(rows).__name__}")
         return {(row["op"], row["capability"], row["shape_class"]): row["fastest"] for row in rows}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: expected a list of measured rows, got {error!r}") from error

@@ -153,7 +153,7 @@ def test_a_call_that_was_stopped_goes_on(run, whole, tmp_path, monkeypatch, caps
         (["--weights", "model"], "with weights '[0-9a-f]{64}', but this run is with '[0-9a-f]{64}'"),
         (["--objective-options", "{rtol: 0.5}"], r"with objective \['RectifiedFlow', .*'rtol': 0.001"),
         (["--unconditional"], "with unconditional False, but this run is with True"),
-        (["--part-size", 5], "holds 4 images, but 5 belong into it: keep --part-size"),
+        (["--part-size", 5], "holds 4 images, but 5 belong into it: keep --num-samples and --part-size"),
     ],
 )
 def test_parts_of_another_run_are_not_taken(run, tmp_path, capsys, words, message):

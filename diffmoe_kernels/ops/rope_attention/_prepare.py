@@ -52,7 +52,7 @@ class Settings:
 def _channels(ROPE: tl.constexpr, D: tl.constexpr, FROM: tl.constexpr, HALF: tl.constexpr):
     """(HALF,) first and second channel of each pair from FROM on, and which pairs there are."""
     pair = FROM + tl.arange(0, HALF)
-    if ROPE == "2d_interleaved":
+    if ROPE == "2d_interleaved" or ROPE == "none":
         first, second = 2 * pair, 2 * pair + 1
     elif ROPE == "2d":
         first = pair // (D // 4) * (D // 2) + pair % (D // 4)
@@ -160,7 +160,7 @@ def _load_pairs(
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Rows of a head as two (BLOCK, HALF) float32 tiles, the pairs' first and second channels."""
-    if ROPE == "2d_interleaved":  # one wide load, and pairs that lie side by side in a thread
+    if ROPE == "2d_interleaved" or ROPE == "none":  # one wide load, and pairs that lie side by side in a thread
         first, second = _split(_load_columns(head, rows, num_rows, stride, D, 2 * FROM, 2 * HALF, WHOLE))
     else:
         one, two, exists = _channels(ROPE, D, FROM, HALF)
@@ -177,7 +177,7 @@ def _store_pairs(
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The way back of `_load_pairs`."""
-    if ROPE == "2d_interleaved":
+    if ROPE == "2d_interleaved" or ROPE == "none":
         _store_columns(head, rows, num_rows, stride, _join(first, second), D, 2 * FROM, WHOLE)
     else:
         one, two, exists = _channels(ROPE, D, FROM, first.shape[1])

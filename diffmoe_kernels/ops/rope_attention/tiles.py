@@ -1,5 +1,5 @@
-"""Tiles of the attention kernels, picked by hand and not measured: none spills registers, at widths and norms of no
-published model too (triton 3.7.1; 3.6.0 at the published ones).
+"""Tiles of the attention kernels, picked by hand and not measured: none spills registers at a published model's shape,
+and with triton 3.7.1 on sm_90 none at any width or norm that was tried. Elsewhere 72 channels with a norm keep 24 bytes.
 
 What decides is how many instructions a multiprocessor issues in all (benchmarks/NOTES.md), then that two programs fit
 on one, so that the copies and exponentials of one hide behind the products of the other. Where all of a head fits in
@@ -42,6 +42,7 @@ MAX_KEPT, MAX_KEPT_BYTES = 5, 80 * 1024  # blocks, which are unrolled; and so th
 _NORMS = ("none", "rmsnorm", "layernorm")
 _ROWS32, _ROWS64, _ROWS128 = AttentionTile(32, 32, 4), AttentionTile(64, 64, 4), AttentionTile(128, 64, 8)
 _FEW_KEYS, _FEW_KEYS8, _FEW_QUERIES = AttentionTile(64, 32, 4), AttentionTile(128, 32, 8), AttentionTile(32, 64, 4)
+_WIDE_QUERIES, _WIDE_KEYS = AttentionTile(64, 32, 8), AttentionTile(16, 64, 8)
 # For 16-bit numbers where nothing is kept: kernel -> norm -> by channels of the tiles, up to 64, up to 96, more. With a
 # norm there are none between: all are in one tile.
 _SM90 = {
@@ -65,15 +66,19 @@ _SM90 = {
 _SM100 = {
     "forward": {
         "none": (_ROWS128, _ROWS64, _ROWS64),
-        "rmsnorm": (_ROWS128, _ROWS64, _ROWS64),
+        "rmsnorm": (_ROWS128, _FEW_KEYS8, _FEW_KEYS8),
         "layernorm": (_ROWS128, _FEW_KEYS8, _FEW_KEYS8),
     },
     "query_backward": {
         "none": (_ROWS64, _ROWS64, _ROWS64),
-        "rmsnorm": (_ROWS64, _ROWS64, _ROWS64),
-        "layernorm": (_ROWS64, _FEW_KEYS, _FEW_KEYS),
+        "rmsnorm": (_ROWS64, _WIDE_QUERIES, _WIDE_QUERIES),
+        "layernorm": (_ROWS64, _WIDE_QUERIES, _WIDE_QUERIES),
     },
-    "key_backward": dict.fromkeys(_NORMS, (_ROWS64, _FEW_QUERIES, _FEW_QUERIES)),
+    "key_backward": {
+        "none": (_ROWS64, _FEW_QUERIES, _FEW_QUERIES),
+        "rmsnorm": (_ROWS64, _WIDE_KEYS, _WIDE_KEYS),
+        "layernorm": (_ROWS64, _WIDE_KEYS, _WIDE_KEYS),
+    },
 }
 _SM80 = {"forward": _FEW_KEYS, "query_backward": _ROWS32, "key_backward": _ROWS32}
 # Without tensor cores; (up to 64 channels, more) by norm.
