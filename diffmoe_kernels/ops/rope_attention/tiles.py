@@ -1,5 +1,5 @@
 """Tiles of the attention kernels, picked by hand and not measured: none spills registers at a published model's shape,
-and with triton 3.7.1 on sm_90 none at any width or norm that was tried. Elsewhere 72 channels with a norm keep 24 bytes.
+with triton 3.7.1 on sm_90 none at any width or norm that was tried. On sm_100 72 channels with a norm keep 24 bytes.
 
 What decides is how many instructions a multiprocessor issues in all (benchmarks/NOTES.md), then that two programs fit
 on one, so that the copies and exponentials of one hide behind the products of the other. Where all of a head fits in
