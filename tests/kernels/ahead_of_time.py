@@ -154,18 +154,17 @@ def is_serialized(code: str) -> bool:
 def count_instructions(listing: str) -> list[int]:
     """As `Compiled.instructions` has them. A loop is what lies between a jump back and where it goes."""
     labels: dict[str, int] = {}
-    jumps: list[tuple[str, int]] = []
+    ends: dict[int, int] = {}  # of a loop, by where it begins
     count = 0
     for line in listing.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = count
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w+)(.*);", line):
-            if found[1] == "BRA" and (goal := re.search(r"\.L_\w+", found[2])) and goal[0] in labels:
-                jumps.append((goal[0], count))
+            goal = re.search(r"\.L_\w+", found[2])
+            if found[1] == "BRA" and goal and labels.get(goal[0], count) < count:
+                ends[labels[goal[0]]] = count + 1
             count += found[1] != "NOP"
-    spans = sorted(
-        {(labels[goal], at + 1) for goal, at in jumps if labels[goal] < at}, key=lambda span: span[1] - span[0]
-    )
+    spans = sorted(ends.items(), key=lambda span: span[1] - span[0])
     own = []
     for i, (begin, end) in enumerate(spans):
         inner = [span for span in spans[:i] if begin <= span[0] and span[1] <= end]

@@ -18,7 +18,7 @@ from diffmoe_kernels.ops.permute._triton import gather, gather_sum
 from diffmoe_kernels.triton_support import next_power_of_2
 
 COLUMNS = 512  # of a step of a program
-ELEMENTS = 4096  # of a tile
+ELEMENTS, ELEMENTS_BACKWARD = 4096, 2048  # of a tile
 
 
 # group_offsets (E,), rows (BLOCK_R,) -> each row's group, E past the last
@@ -225,7 +225,7 @@ def backward(
     grad_pre, weighted, grad_gates = torch.empty_like(pre), torch.empty_like(grad_hidden), torch.empty_like(gates)
     num_groups, hidden_size, width = down.shape
     block_c = min(next_power_of_2(width), COLUMNS)
-    block_r = ELEMENTS // block_c
+    block_r = ELEMENTS_BACKWARD // block_c
     _activation_backward_kernel[(triton.cdiv(pre.shape[0], block_r),)](
         grad_hidden,
         gates,

@@ -16,26 +16,25 @@ from diffmoe_kernels.triton_support import Tile, describe, input_precision, next
 
 
 @triton.jit
-def sigmoid(h):
-    return 1.0 / (1.0 + tl.exp(-h))
+def passed(h, ACTIVATION: tl.constexpr):
+    """The share of h that the activation lets pass, a sigmoid, and the derivative of the sigmoid's argument.
 
-
-@triton.jit
-def gelu_tanh_parts(h):
-    """tanh of GELU's inner function, and that function's derivative."""
-    scale: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
-    inner = scale * (h + 0.044715 * h * h * h)
-    return 2.0 * sigmoid(2.0 * inner) - 1.0, scale * (1.0 + 3.0 * 0.044715 * h * h)
+    GELU's 0.5 (1 + tanh(z)) is the sigmoid of 2 z.
+    """
+    if ACTIVATION == "gelu_tanh":
+        scale: tl.constexpr = 2 * 0.7978845608028654  # 2 sqrt(2 / pi)
+        argument = scale * h * (1.0 + 0.044715 * h * h)
+        slope = scale * (1.0 + 3.0 * 0.044715 * h * h)
+    else:
+        argument, slope = h, 1.0
+    return 1.0 / (1.0 + tl.exp2(argument * -1.4426950408889634)), slope  # exp asks of each number if it is subnormal
 
 
 @triton.jit
 def activated(h, ACTIVATION: tl.constexpr):
     """silu, for "swiglu" of its gate, or GELU."""
-    if ACTIVATION == "gelu_tanh":
-        tanh, _ = gelu_tanh_parts(h)
-        return 0.5 * h * (1.0 + tanh)
-    else:
-        return h * sigmoid(h)
+    share, _ = passed(h, ACTIVATION)
+    return h * share
 
 
 # x (T, D), token_indices (R,), up (E, U, D) or a descriptor of its tiles, bias (E, U), group_offsets (E,)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.ops.experts._triton import gelu_tanh_parts, sigmoid
+from diffmoe_kernels.ops.experts._triton import passed
 from diffmoe_kernels.ops.grouped_gemm._triton import find_tile, group_tiles, most_tiles, multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
@@ -22,12 +22,8 @@ from diffmoe_kernels.triton_support import Tile, describe, input_precision, next
 @triton.jit
 def _activate_and_slope(h, ACTIVATION: tl.constexpr):
     """The activation and its derivative."""
-    if ACTIVATION == "gelu_tanh":
-        tanh, inner_slope = gelu_tanh_parts(h)
-        return 0.5 * h * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * h * (1.0 - tanh * tanh) * inner_slope
-    else:
-        passed = sigmoid(h)
-        return h * passed, passed * (1.0 + h * (1.0 - passed))
+    share, slope = passed(h, ACTIVATION)
+    return h * share, share + (h * share) * (1.0 - share) * slope
 
 
 @triton.jit
