@@ -165,12 +165,9 @@ def count_instructions(listing: str) -> list[int]:
                 ends[labels[goal[0]]] = count + 1
             count += found[1] != "NOP"
     spans = sorted(ends.items(), key=lambda span: span[1] - span[0])
-    own = []
-    for i, (begin, end) in enumerate(spans):
-        inner = [span for span in spans[:i] if begin <= span[0] and span[1] <= end]
-        covered = set().union(*(range(*span) for span in inner))
-        own.append(end - begin - len(covered))
-    return [count - sum(own), *own]
+    places = [set(range(*span)) for span in spans]
+    own = [here.difference(*(one for one in places[:i] if one <= here)) for i, here in enumerate(places)]
+    return [count - len(set().union(*places)), *map(len, own)]
 
 
 def main(capability: int, cases: dict[str, tuple[Callable[[], object], torch.dtype]]) -> None:
