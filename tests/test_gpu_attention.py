@@ -9,12 +9,14 @@ from torch import Tensor
 from diffmoe_kernels import RoPEAttention, ops
 from diffmoe_kernels.testing import assert_error_within
 from diffmoe_kernels.triton_support import HAS_TRITON
+from tests.sanitizer import sanitized
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TRITON, reason="needs triton")]
 
 # B, N, H, Hkv, d, prefix tokens, rotation, norm
 SHAPES = {
     "DSMoE-S": (16, 256, 6, 6, 64, 0, "2d", None),
+    "DSMoE-L": (64, 256, 16, 16, 64, 0, "2d", None),  # a program a head
     "DSMoE-3B": (8, 256, 16, 16, 72, 0, "2d", None),
     "JiT-L": (8, 288, 16, 16, 64, 32, "2d_interleaved", "rmsnorm"),
     "512 px": (2, 1024, 16, 16, 64, 0, "2d", None),
@@ -123,3 +125,19 @@ def test_huge_scores_stay_finite() -> None:
     inputs["qkv"][:, 7] *= 1e4
     results = run(inputs, options, torch.bfloat16, "triton")
     assert all(one.isfinite().all() for one in results.values())
+
+
+SANITIZED = """
+import torch
+from tests.test_gpu_attention import SHAPES, inputs_of, run
+for name in ("DSMoE-S", "DSMoE-3B", "JiT-L", "512 px", "grouped heads, layer norm", "96 channels"):
+    inputs, options = inputs_of((1, *SHAPES[name][1:]))
+    run(inputs, options, torch.bfloat16, "triton")
+torch.cuda.synchronize()
+print("all ran")
+"""
+
+
+def test_no_bad_address() -> None:
+    done = sanitized("memcheck", SANITIZED, kernels="ward_kernel")
+    assert done.returncode == 0 and "all ran" in done.stdout, done.stdout[-3000:]

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +14,9 @@ from torch import Tensor
 from diffmoe_kernels import Routing, ops
 from diffmoe_kernels.cuda_support import HAS_CUDA, NOT_BUILT, extension
 from diffmoe_kernels.testing import assert_close, poisoned_allocations
+from tests.sanitizer import sanitized
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason=f"the extension is {NOT_BUILT}")]
-ROOT = Path(__file__).parents[1]
 SHAPES = {  # T, D, E, K
     "DSMoE-L-E48": (16384, 1024, 48, 5),
     "DSMoE-S-E48": (65536, 384, 48, 5),
@@ -170,6 +165,24 @@ def test_addresses_past_2_to_the_31() -> None:
     assert_close(y, expected, dtype=torch.bfloat16)
 
 
+def test_scores_past_2_to_the_31() -> None:
+    """Eight million tokens of 256 experts, and what the last of them choose and get back."""
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of a GPU's memory")
+    logits = torch.randn(2**23 + 5, 256, device="cuda", dtype=torch.bfloat16)
+    logits[-5:] = torch.rand(5, 256, device="cuda").argsort() / 64  # no two alike
+    few = logits[-5:].float().requires_grad_()
+    expected = ops.router_topk(few, 2, backend="reference")
+    (grad,) = torch.autograd.grad(expected.topk_weights.square().sum(), few)
+    ours = ops.router_topk(logits.requires_grad_(), 2, backend="cuda")
+    weights = ours.topk_weights[-5:]
+    assert torch.equal(ours.topk_ids[-5:], expected.topk_ids)
+    assert_close(weights, expected.topk_weights)
+    (ours_grad,) = torch.autograd.grad(weights.square().sum(), logits)
+    assert_close(ours_grad[-5:], grad.bfloat16(), dtype=torch.bfloat16)
+    assert not ours_grad[:1000].any()
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_in_a_cuda_graph_and_without_a_sync(name: str) -> None:
     step = steps(0)[name]
@@ -235,30 +248,16 @@ print("all ran")
 """
 
 
-def sanitized(tool: str, *words: str) -> subprocess.CompletedProcess[str]:
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("needs compute-sanitizer")
-    only = "--kernel-name=kernel_substring=diffmoe"  # of this project: those of PyTorch take most of the time
-    command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", only, sys.executable, "-c", SANITIZED, *words]
-    # Each tensor by itself, so that what lies past it is nobody's.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    if "Device not supported" in done.stdout:
-        pytest.skip("compute-sanitizer does not support this machine")
-    return done
-
-
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_no_bad_address_and_no_race(tool: str) -> None:
-    done = sanitized(tool)
+    done = sanitized(tool, SANITIZED, kernels="diffmoe")
     assert done.returncode == 0 and "all ran" in done.stdout, done.stdout[-3000:]
     assert re.search(r"ERROR SUMMARY: 0 errors|\b0 hazards", done.stdout), done.stdout[-3000:]
 
 
 def test_a_bad_address_is_found() -> None:
     """So that the test above looks at this project's kernels."""
-    assert sanitized("memcheck", "wrong").returncode == 9
+    assert sanitized("memcheck", SANITIZED, "wrong", kernels="diffmoe").returncode == 9
 
 
 def test_a_failed_launch_names_the_kernel(capfd) -> None:
