@@ -2,9 +2,8 @@
 // T tokens, E experts, K choices a token, R = T K rows, C chunks of as many tokens each, but for the last.
 //
 // 1. choose_kernel: a warp scores a token and chooses its experts; a block counts its chunk's choices by expert.
-// 2. place_kernel: a block sums the counts of all chunks and of those before its own, ranks its tokens among its
-// chunk's
-//    by bits, one a token, and writes weights and record.
+// 2. place_kernel: a block sums the counts of all chunks and of those before its own, ranks its tokens among those of
+//    its chunk by bits, one a token, and writes weights and record.
 #include "common.cuh"
 #include "ops.h"
 #include "order.cuh"

@@ -17,7 +17,7 @@ if HAS_TRITON:
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = HAS_TRITON and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, for tests
-WAVES = 8  # programs a multiprocessor
+PROGRAMS = 8  # a multiprocessor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,7 +67,7 @@ def device_name() -> str:
 
 def num_programs(num_tiles: int, like: Tensor) -> int:
     """How many programs share ``num_tiles`` tiles on a tensor's device: enough that the last to end do not count."""
-    return min(num_tiles, WAVES * multiprocessors(like.device))
+    return min(num_tiles, PROGRAMS * multiprocessors(like.device))
 
 
 def describe(*tiles: tuple[Tensor, tuple[int, ...]]) -> list[TensorDescriptor] | None:

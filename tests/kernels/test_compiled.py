@@ -23,8 +23,9 @@ BETWEEN_PRODUCTS = ("_epilogue_kernel", "_activation_backward_kernel", "_sum_row
 ADALN = ("_modulate_kernel", "_modulate_backward_kernel")
 MOVEMENT = (*ADALN, *BETWEEN_PRODUCTS, "_gather_kernel", "_gather_sum_kernel", "_unpermute_backward_kernel")
 SELECTION = (
-    *("_choose_kernel", "_scan_kernel", "_place_kernel", "_cut_in_registers_kernel", "_loss_kernel"),
-    *("_sum_chunks_kernel", "_mask_kernel", "_place_slots_kernel", "_place_slots_backward_kernel", "_drop_kernel"),
+    *("_choose_kernel", "_scan_kernel", "_place_kernel", "_cut_in_registers_kernel", "_place_chosen_kernel"),
+    *("_loss_kernel", "_sum_chunks_kernel", "_mask_kernel", "_place_slots_kernel", "_place_slots_backward_kernel"),
+    "_drop_kernel",
 )
 
 

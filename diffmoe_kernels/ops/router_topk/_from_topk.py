@@ -21,7 +21,7 @@ BLOCK = BLOCK_T  # slots, a bit of a mask each
 MAX_LISTS = 64  # of a program of `_mask_kernel`
 TILE = 16384  # of its elements (slots x lists), 128 a thread, each a comparison that nothing keeps
 MAX_BLOCKS = 16  # of its blocks
-PLACE = 512  # slots of a program of `_place_kernel`: 640 programs at T = 65536, K = 5
+PLACE = 512  # slots of a program of `_place_slots_kernel`: 640 programs at T = 65536, K = 5
 
 
 @triton.jit

@@ -21,7 +21,7 @@ __all__ = ["drop_choices", "route", "spread_gates"]
 # scores, logits (T, E), thresholds (E,), cut, ties (P, E), wanted (E,), counts (P, B, E)
 # -> gates (R,), token_indices (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,), dropped ()
 @triton.jit
-def _place_kernel(
+def _place_chosen_kernel(
     scores,
     logits,
     thresholds,
@@ -193,7 +193,7 @@ def route(
     num_blocks = chosen.counts.shape[1]
     programs = num_pools * num_blocks
     unused = chosen.cut
-    _place_kernel[(programs,)](
+    _place_chosen_kernel[(programs,)](
         scores,
         logits if predicted else unused,
         thresholds if predicted else unused,
