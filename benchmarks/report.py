@@ -69,7 +69,7 @@ class Row:
 
 def digits(ms: float) -> str:
     """Three significant ones."""
-    return f"{ms:.{max(0, 3 - len(str(int(ms))))}f}" if ms >= 1 else f"{ms:.3g}" if ms >= 1e-4 else f"{ms:.4f}"
+    return f"{ms:.{max(0, 3 - len(str(int(ms))))}f}" if ms >= 1 else f"{ms:#.3g}" if ms >= 1e-4 else f"{ms:.4f}"
 
 
 def groups(data: Mapping[str, Any]) -> dict[str, list[Row]]:

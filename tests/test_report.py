@@ -88,7 +88,7 @@ def test_the_table() -> None:
     assert "peak MiB" not in head and head[-1] == "kept MiB"  # no one has a peak
     assert {len(row) for row in (rule, *rows)} == {len(head)}
     assert [row[0] for row in rows] == ["DSMoE-L-E16", "", "", "", "DSMoE-S-E48"]
-    assert rows[0][1:] == ["*dense*", "1.00", "0.9 to 1.20", "1.00", "400 TFLOP/s, 50%", "448.0"]
+    assert rows[0][1:] == ["*dense*", "1.00", "0.900 to 1.20", "1.00", "400 TFLOP/s, 50%", "448.0"]
 
 
 def test_all_of_a_run_in_words() -> None:

@@ -45,7 +45,7 @@ class ExpertChoiceAux:
 class ExpertChoiceMoE(Float32Buffers):
     """Mixture of experts in which each expert chooses its tokens (DiffMoE, arXiv:2503.14487; EC-DiT, arXiv:2410.02098).
 
-    Drop-in for a feed-forward layer: (..., hidden_size) in and out. In training each expert takes the
+    Drop-in for a feed-forward layer: (..., tokens, hidden_size) in and out. In training each expert takes the
     int(S / num_experts * capacity_factor) tokens of a pool of S that score highest for it. At inference the capacity
     predictor and the thresholds, an average of what training saw, say how many.
 

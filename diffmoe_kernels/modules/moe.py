@@ -59,8 +59,8 @@ class MoEAux:
 class MoE(nn.Module):
     """Mixture of experts in which each token chooses its top-k experts (DSMoE, JiTMoE, DeepSeek-V3).
 
-    Drop-in for a feed-forward layer: (..., hidden_size) in and out. Submodules: ``router`` (`TopKRouter`), ``experts``
-    (`Experts`), ``shared_expert`` (`FeedForward` or None).
+    Drop-in for a feed-forward layer: (..., tokens, hidden_size) in and out. Submodules: ``router`` (`TopKRouter`),
+    ``experts`` (`Experts`), ``shared_expert`` (`FeedForward` or None).
 
     Args:
         hidden_size: D.
