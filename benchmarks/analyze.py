@@ -73,7 +73,7 @@ class AnalyzeConfig:
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps", "batch_size"):
             require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
+        require(self, "seed", -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
         require(self, "cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
         fine = self.objective is None or self.official is not None
         require(self, "objective", fine, "left out without --official, a run has its own")

@@ -74,7 +74,7 @@ class SampleConfig:
         for name in ("num_samples", "part_size", "steps", "batch_size"):
             require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         require(self, "first", self.first >= 0, "at least 0")
-        require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
+        require(self, "seed", -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
         require(self, "cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
         fine = self.join is None or self.part_size is not None
         require(self, "join", fine, "left out without --part-size, since all is in one file already")

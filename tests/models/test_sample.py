@@ -212,7 +212,7 @@ def test_balanced_labels():
         (["--part-size", "0"], "part_size must be at least 1, got 0: correct --part-size"),
         (["--join", "all.npz"], "join must be left out without --part-size"),
         (["--num-samples", "0"], "num_samples must be at least 1, got 0: correct --num-samples"),
-        (["--seed", "-1"], "seed must be from 0 to .*, got -1: correct --seed"),
+        (["--seed", str(2**63)], "seed must be an integer of 64 bits, got 9223372036854775808: correct --seed"),
         (["--cfg-scale", ".nan"], "cfg_scale must be a finite number, got nan: correct --cfg-scale"),
         (["--model", "DiT-digits"], "is a checkpoint of DSMoE-digits, not of DiT-digits"),
     ],
