@@ -221,6 +221,14 @@ def test_fewer_images_than_classes_are_spread_over_them() -> None:
     assert record_usage(TrainedModel(model, objective_for(model), None), config).classes.tolist() == [0, 3, 6, 9]
 
 
+def test_images_that_are_no_numbers_are_refused() -> None:
+    model = build("DSMoE-digits", num_classes=10)
+    torch.nn.init.constant_(next(model.parameters()), torch.nan)
+    config = AnalyzeConfig(num_samples=2, steps=1, cfg_scale=1.0)
+    with pytest.raises(ValueError, match="images hold NaN or infinity"):
+        record_usage(TrainedModel(model, objective_for(model), None), config)
+
+
 def test_counting_changes_no_sample_and_ends() -> None:
     model, labels = build("DiffMoE-digits"), torch.tensor([0, 1, 2])
     noise = random_inputs(model, 3)[0]

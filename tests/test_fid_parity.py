@@ -114,6 +114,7 @@ def test_every_mixture_but_the_largest_has_a_counterpart():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"cfg_scale": float("inf")}, "cfg_scale must be a finite number, got inf"),
         ({"models": ["DSMoE-digits"]}, "models must be complete: with DiT-digits, which DSMoE-digits is"),
         ({"models": ["DSMoE-digit"]}, "did you mean 'DSMoE-digits'"),
         ({"seeds": 0}, "seeds must be at least 1, got 0: correct --seeds"),

@@ -128,11 +128,15 @@ def test_huge_scores_stay_finite() -> None:
 
 
 SANITIZED = """
-import torch
+import sys, torch
 from tests.test_gpu_attention import SHAPES, inputs_of, run
 for name in ("DSMoE-S", "DSMoE-3B", "JiT-L", "512 px", "grouped heads, layer norm", "96 channels"):
     inputs, options = inputs_of((1, *SHAPES[name][1:]))
     run(inputs, options, torch.bfloat16, "triton")
+if "wrong" in sys.argv:  # tables of one token, and 256 that are turned
+    from diffmoe_kernels.ops.rope_attention._library import _rope_attention
+    qkv, table = torch.zeros(1, 256, 3, 64, device="cuda"), torch.zeros(1, 32, device="cuda")
+    _rope_attention(qkv, None, None, None, None, table, table, 1, "2d", 0, "none", 0.0, 1.0, False)
 torch.cuda.synchronize()
 print("all ran")
 """
@@ -141,3 +145,8 @@ print("all ran")
 def test_no_bad_address() -> None:
     done = sanitized("memcheck", SANITIZED, kernels="ward_kernel")
     assert done.returncode == 0 and "all ran" in done.stdout, done.stdout[-3000:]
+
+
+def test_a_bad_address_is_found() -> None:
+    """So that the test above looks at these kernels."""
+    assert sanitized("memcheck", SANITIZED, "wrong", kernels="ward_kernel").returncode == 9

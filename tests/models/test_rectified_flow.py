@@ -146,6 +146,8 @@ def test_guidance_of_scale_zero_is_unconditional_sampling(model):
     torch.testing.assert_close(FLOW.sample(model, z, labels, steps=3, cfg_scale=0.0), unconditional)
     given = FLOW.sample(model, z, labels, steps=3, cfg_scale=0.0, null_labels=torch.full((3,), 10))
     torch.testing.assert_close(given, unconditional)
+    with pytest.raises(ValueError, match="cfg_scale: expected a finite number, got nan"):
+        FLOW.sample(model, z, labels, steps=3, cfg_scale=float("nan"))
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def test_the_saved_config_is_the_one_that_ran(tmp_path):
         ({"batch_size": -1}, "batch_size must be at least 1, got -1: correct --batch-size"),
         ({"batch_size": 4, "accumulation": 5}, "accumulation must be at most batch_size, 4, got 5"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"seed": -1}, "seed must be from 0 to .*, got -1: correct --seed"),
+        ({"sample_cfg_scale": float("nan")}, "sample_cfg_scale must be a finite number, got nan"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
         ({"grad_clip": 0.0}, "grad_clip must be above 0, or null"),
         ({"max_minutes": 0.0}, "max_minutes must be above 0, or null"),

@@ -23,7 +23,7 @@ from diffmoe_kernels.ops.rope_attention._prepare import (
     scale_head,
     store_head,
     zeros_like_head,
-)  # fmt: skip
+)
 from diffmoe_kernels.ops.rope_attention.tiles import pick_tile, programs_of_head
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -24,7 +24,7 @@ from diffmoe_kernels.ops.rope_attention._prepare import (
     store_head,
     store_prepared_backward,
     zeros_like_head,
-)  # fmt: skip
+)
 from diffmoe_kernels.ops.rope_attention._triton import LOG2E
 from diffmoe_kernels.ops.rope_attention.tiles import pick_tile, programs_of_head
 
