@@ -13,6 +13,7 @@ from diffmoe_kernels.ops.experts import _grouped_mm
 from diffmoe_kernels.ops.experts._triton import up_projection
 from diffmoe_kernels.ops.experts._triton_backward import down_backward
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
+from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum, unpermute_backward
 from diffmoe_kernels.ops.rope_attention._prepare import Settings
@@ -63,11 +64,14 @@ def launch_experts(shape: tuple, dtype: torch.dtype, backward: bool, bias: bool)
     gather_sum(out, gates, token_offsets, token_rows)
     if not backward:
         return
-    master = {"token_indices": tokens, "dtype": torch.float32, "bias_dtype": torch.float32 if bias else None}
+    master = {"token_indices": tokens, "dtype": torch.float32}
     grad_pre, weighted, _ = down_backward(x, tokens, gates, offsets, down, down_bias, pre, activation)
     gather_sum(multiply_rows(grad_pre, up, offsets), None, token_offsets, token_rows)
     weight_grad(grad_pre, x, offsets, gather="b", **master)
-    weight_grad(x, weighted, offsets, gather="a", gates=gates, **master)
+    weight_grad(x, weighted, offsets, gather="a", **master)
+    if bias:
+        sum_rows(grad_pre, offsets, dtype=torch.float32)
+        sum_rows(x, offsets, gates=gates, **master)
 
 
 def launch_transposed(num_rows: int) -> None:

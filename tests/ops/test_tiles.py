@@ -19,6 +19,7 @@ from diffmoe_kernels.ops.experts._triton_backward import down_backward
 from diffmoe_kernels.ops.experts.reference import activate
 from diffmoe_kernels.ops.grouped_gemm import tiles
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
+from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -104,12 +105,28 @@ def test_weight_grad(dtype, tile):
     a, b = randn(ROWS, INNER, dtype=dtype), randn(TOKENS, HIDDEN, dtype=dtype)
     a[sum(SIZES) :] = torch.nan
     with poisoned_allocations():
-        grad, by_bias = weight_grad(
-            a, b, offsets(), token_indices=tokens, gather="b", dtype=torch.float32, bias_dtype=torch.float32, tile=tile
-        )
+        grad = weight_grad(a, b, offsets(), token_indices=tokens, gather="b", dtype=torch.float32, tile=tile)
     groups = [one.double().split(SIZES) for one in (a[: sum(SIZES)], b[tokens.long()][: sum(SIZES)])]
     assert_close(grad, torch.stack([one.T @ other for one, other in zip(*groups, strict=True)]).float(), tolerance=1e-5)
-    assert_close(by_bias, torch.stack([one.sum(0) for one in groups[0]]).float(), tolerance=1e-5)
+
+
+@each_dtype
+@pytest.mark.parametrize("gathers", [True, False])
+def test_sum_rows(dtype, gathers):
+    """Of columns that fill no tile and rows with gaps, over groups of none, of one and of more rows than a tile."""
+    sizes = [0, 1, 300, 0]
+    ends, num_rows = torch.tensor(sizes).cumsum(0).to(DEVICE, torch.int32), 320
+    tokens, gates = torch.randint(TOKENS, (num_rows,), dtype=torch.int32).to(DEVICE), randn(num_rows)
+    rows = randn(TOKENS if gathers else num_rows, 200, dtype=dtype)[:, :99]
+    if not gathers:
+        rows[sum(sizes) :] = torch.nan
+    with poisoned_allocations():
+        total = sum_rows(
+            rows, ends, token_indices=tokens if gathers else None, gates=gates if gathers else None, dtype=torch.float32
+        )
+    read = rows[tokens.long()].double() * gates.double()[:, None] if gathers else rows.double()
+    expected = [one.sum(0) for one in read[: sum(sizes)].split(sizes)]
+    assert_close(total, torch.stack(expected).float(), tolerance=1e-5)
 
 
 @each_dtype

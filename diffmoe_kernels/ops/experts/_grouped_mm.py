@@ -13,20 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from diffmoe_kernels.ops.experts._triton import activated
-from diffmoe_kernels.ops.experts._triton_backward import activation_backward
+from diffmoe_kernels.ops.experts._triton_backward import (
+    COLUMNS,
+    ELEMENTS_BACKWARD,
+    activation_backward,
+    groups_of,
+    products_with_bias,
+)
+from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum
 from diffmoe_kernels.triton_support import next_power_of_2
 
-COLUMNS = 512  # of a step of a program
-ELEMENTS, ELEMENTS_BACKWARD = 4096, 2048  # of a tile
-
-
-# group_offsets (E,), rows (BLOCK_R,) -> each row's group, E past the last
-@triton.jit
-def _groups_of(group_offsets, rows, num_groups, GROUPS: tl.constexpr):
-    group = tl.arange(0, GROUPS)
-    ends = tl.load(group_offsets + group, mask=group < num_groups, other=2147483647)
-    return tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
+ELEMENTS = 4096  # of a tile, forward
 
 
 # pre (R, U) or (R, N), bias (E, U) or (E, N), group_offsets (E,) -> pre with the bias, hidden (R, I)
@@ -54,7 +52,7 @@ def _epilogue_kernel(
     if GATED:
         value = tl.load(pre + at + width, mask=mask, other=0.0)
     if HAS_BIAS:
-        group = _groups_of(group_offsets, rows, num_groups, GROUPS)
+        group = groups_of(group_offsets, rows, num_groups, GROUPS)
         bias_at = bias + group[:, None] * up_width + columns[None, :]
         kept = (kept.to(tl.float32) + tl.load(bias_at, mask=mask, other=0.0).to(tl.float32)).to(pre.dtype.element_ty)
         tl.store(pre + at, kept, mask=mask)
@@ -104,43 +102,9 @@ def _activation_backward_kernel(
         grad = tl.load(at, mask=valid[:, None] & (columns < width)[None, :], other=0.0).to(tl.float32)
         by_gate += activation_backward(grad, gate, rows, end, columns, pre, grad_pre, weighted, width, ACTIVATION)
     if HAS_BIAS:
-        group = _groups_of(group_offsets, rows, num_groups, GROUPS)
-        for start in range(0, hidden_size, BLOCK_C):
-            columns = start + tl.arange(0, BLOCK_C)
-            mask = valid[:, None] & (columns < hidden_size)[None, :]
-            at = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
-            grad = tl.load(grad_rows + at, mask=mask, other=0.0).to(tl.float32)
-            added = tl.load(bias + group[:, None] * hidden_size + columns[None, :], mask=mask, other=0.0)
-            by_gate += tl.sum(grad * added.to(tl.float32), 1)
+        group = groups_of(group_offsets, rows, num_groups, GROUPS)
+        by_gate += products_with_bias(grad_rows, rows, group, bias, valid, hidden_size, BLOCK_C)
     tl.store(grad_gates + rows, by_gate, mask=rows < num_rows)
-
-
-# rows (R, N), gates (R,), group_offsets (E,) -> out (E, N)
-@triton.jit
-def _sum_rows_kernel(
-    rows,
-    gates,
-    group_offsets,
-    out,
-    num_columns: tl.constexpr,
-    HAS_GATES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    group = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    begin = tl.load(group_offsets + group - 1, mask=group > 0, other=0)
-    end = tl.load(group_offsets + group)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(begin, end, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        mask = (row < end)[:, None] & (columns < num_columns)[None, :]
-        values = tl.load(rows + row.to(tl.int64)[:, None] * num_columns + columns[None, :], mask=mask, other=0.0)
-        values = values.to(tl.float32)
-        if HAS_GATES:
-            values *= tl.load(gates + row, mask=row < end, other=0.0)[:, None]
-        total += tl.sum(values, 0)
-    tl.store(out + group * num_columns + columns, total.to(out.dtype.element_ty), mask=columns < num_columns)
 
 
 def _epilogue(pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: Tensor | None, activation: str) -> None:
@@ -160,16 +124,6 @@ def _epilogue(pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: T
         BLOCK_R=ELEMENTS // block_c,
         BLOCK_C=block_c,
     )
-
-
-def _sum_rows(rows: Tensor, gates: Tensor | None, group_offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """(R, N) -> (E, N): each group's sum of its rows, weighted with the gates."""
-    num_groups, num_columns = group_offsets.shape[0], rows.shape[1]
-    out = rows.new_empty(num_groups, num_columns, dtype=dtype)
-    _sum_rows_kernel[(num_groups, triton.cdiv(num_columns, 64))](
-        rows, rows if gates is None else gates, group_offsets, out, num_columns, gates is not None, 64, 64
-    )
-    return out
 
 
 def _aligned(weights: Tensor) -> Tensor:
@@ -257,7 +211,7 @@ def backward(
     grad_biases = None, None
     if bias_dtype is not None:
         grad_biases = (
-            _sum_rows(grad_pre, None, group_offsets, bias_dtype),
-            _sum_rows(grad_rows, gates, group_offsets, bias_dtype),
+            sum_rows(grad_pre, group_offsets, dtype=bias_dtype),
+            sum_rows(grad_rows, group_offsets, gates=gates, dtype=bias_dtype),
         )
     return grad_x, grad_gates, grad_up.to(weight_dtype), grad_down.to(weight_dtype), *grad_biases

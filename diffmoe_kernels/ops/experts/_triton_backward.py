@@ -13,10 +13,13 @@ from torch import Tensor
 
 from diffmoe_kernels.ops.experts._triton import passed
 from diffmoe_kernels.ops.grouped_gemm._triton import find_tile, group_tiles, most_tiles, multiply_rows
+from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
 from diffmoe_kernels.ops.permute._triton import gather_sum
 from diffmoe_kernels.triton_support import Tile, describe, input_precision, next_power_of_2, num_programs
+
+COLUMNS, ELEMENTS_BACKWARD = 512, 2048  # of a step over a row's columns, of a tile
 
 
 @triton.jit
@@ -51,16 +54,37 @@ def activation_backward(
     return tl.sum(tl.where(mask, grad * activation, 0.0), 1)
 
 
-# grad_out (T, D), token_indices (R,), gates (R,), down (E, D, I) or a descriptor of its tiles, down_bias (E, D),
-# pre (R, U), group_offsets (E,) -> grad_pre (R, U), weighted (R, I): gates * activation, grad_gates (tiles of I, R):
-# parts of the gates' gradients
+@triton.jit
+def groups_of(group_offsets, rows, num_groups, GROUPS: tl.constexpr):
+    """group_offsets (E,), rows (BLOCK,) -> each row's group, E past the last."""
+    group = tl.arange(0, GROUPS)
+    ends = tl.load(group_offsets + group, mask=group < num_groups, other=2147483647)
+    return tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def products_with_bias(grad, source, group, bias, valid, hidden_size: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(BLOCK,) <grad[source], bias[group]>: what the bias of the down-projection adds to the gates' gradients."""
+    total = tl.zeros(source.shape, tl.float32)
+    for start in range(0, hidden_size, BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
+        mask = valid[:, None] & (columns < hidden_size)[None, :]
+        at = source.to(tl.int64)[:, None] * hidden_size + columns[None, :]
+        values = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        added = tl.load(bias + group[:, None] * hidden_size + columns[None, :], mask=mask, other=0.0)
+        total += tl.sum(values * added.to(tl.float32), 1)
+    return total
+
+
+# grad_out (T, D), token_indices (R,), gates (R,), down (E, D, I) or a descriptor of its tiles, pre (R, U),
+# group_offsets (E,) -> grad_pre (R, U), weighted (R, I): gates * activation, grad_gates (tiles of I, R): parts of the
+# gates' gradients
 @triton.jit
 def _down_backward_kernel(
     grad_out,
     token_indices,
     gates,
     down,
-    down_bias,
     pre,
     group_offsets,
     grad_pre,
@@ -71,7 +95,6 @@ def _down_backward_kernel(
     width: tl.constexpr,
     depth: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUPS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -95,9 +118,7 @@ def _down_backward_kernel(
         grad_at = grad_out + tokens[:, None] * depth + k[None, :]
         if not DESCRIPTORS:
             down_at = down + (group.to(tl.int64) * depth + k[:, None]) * width + columns[None, :]
-        bias_at = down_bias + group * depth + k
         grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # by the activation, before the gate
-        by_bias = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, depth, BLOCK_K):
             in_grad, in_down, in_depth = in_rows, in_columns, k < BLOCK_K
             if depth % BLOCK_K != 0:
@@ -110,10 +131,6 @@ def _down_backward_kernel(
                 down_tile = tl.load(down_at, mask=in_down, other=0.0)
                 down_at += BLOCK_K * width
             grad = tl.dot(grad_tile, down_tile, grad, input_precision=PRECISION)
-            if HAS_BIAS:
-                bias = tl.load(bias_at, mask=in_depth, other=0.0).to(tl.float32)
-                by_bias += tl.sum(grad_tile.to(tl.float32) * bias[None, :], 1)
-                bias_at += BLOCK_K
             grad_at += BLOCK_K
 
         gate = tl.load(gates + rows, mask=rows < end, other=0.0)
@@ -126,20 +143,38 @@ def _down_backward_kernel(
             by_gate += activation_backward(right, gate, rows, end, half, pre, grad_pre, weighted, width, ACTIVATION)
         else:
             by_gate = activation_backward(grad, gate, rows, end, columns, pre, grad_pre, weighted, width, ACTIVATION)
-        if HAS_BIAS:
-            by_gate += tl.where(tile_n == 0, by_bias, 0.0)
         tl.store(grad_gates + tile_n.to(tl.int64) * num_rows + rows, by_gate, mask=rows < end)
 
 
-# parts (P, R), group_offsets (E,) -> out (R,): sums of the parts in order, 0 past the last group
+# parts (P, R), group_offsets (E,), grad_out (T, D), token_indices (R,), bias (E, D) -> out (R,): sums of the parts in
+# order, and of what the bias adds; 0 past the last group
 @triton.jit
-def _sum_parts_kernel(parts, group_offsets, out, num_groups, num_rows, num_parts, BLOCK: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _gate_gradients_kernel(
+    parts,
+    group_offsets,
+    grad_out,
+    token_indices,
+    bias,
+    out,
+    num_groups,
+    num_rows,
+    num_parts,
+    hidden_size: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = rows < tl.load(group_offsets + num_groups - 1)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
     for _ in range(0, num_parts):
         total += tl.load(parts + rows, mask=valid, other=0.0)
         parts += num_rows
+    if HAS_BIAS:
+        tokens = tl.load(token_indices + rows, mask=valid, other=0)
+        group = groups_of(group_offsets, rows, num_groups, GROUPS)
+        total += products_with_bias(grad_out, tokens, group, bias, valid, hidden_size, BLOCK_C)
     tl.store(out + rows, total, mask=rows < num_rows)
 
 
@@ -173,7 +208,6 @@ def down_backward(
             token_indices,
             gates,
             *(descriptors or (down,)),
-            pre if down_bias is None else down_bias,
             pre,
             group_offsets,
             grad_pre,
@@ -184,7 +218,6 @@ def down_backward(
             width=width,
             depth=depth,
             ACTIVATION=activation,
-            HAS_BIAS=down_bias is not None,
             PRECISION=input_precision(pre.dtype),
             GROUPS=next_power_of_2(num_groups),
             DESCRIPTORS=descriptors is not None,
@@ -193,11 +226,27 @@ def down_backward(
         )
         return parts
 
-    sizes, options = (num_rows, num_groups, width, depth), (activation, down_bias is not None)
+    sizes = (num_rows, num_groups, width, depth)
     # Its epilogue holds as much as that of a pair.
-    parts = launch(tile or best_product_tile("down_backward", launch, sizes, pre.dtype, *options, paired=True))
-    _sum_parts_kernel[(triton.cdiv(num_rows, 1024),)](
-        parts, group_offsets, grad_gates, num_groups, num_rows, parts.shape[0], BLOCK=1024
+    parts = launch(tile or best_product_tile("down_backward", launch, sizes, pre.dtype, activation, paired=True))
+    has_bias = down_bias is not None
+    block_c = min(next_power_of_2(depth), COLUMNS)
+    block_r = ELEMENTS_BACKWARD // block_c if has_bias else 1024
+    _gate_gradients_kernel[(triton.cdiv(num_rows, block_r),)](
+        parts,
+        group_offsets,
+        grad_out,
+        token_indices,
+        down_bias if has_bias else pre,
+        grad_gates,
+        num_groups,
+        num_rows,
+        parts.shape[0],
+        hidden_size=depth,
+        HAS_BIAS=has_bias,
+        GROUPS=next_power_of_2(num_groups),
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
     )
     return grad_pre, weighted, grad_gates
 
@@ -229,7 +278,11 @@ def backward(
         grad_x = gather_sum(multiply_rows(grad_pre, up, group_offsets), None, token_offsets, token_rows)
     if not needs_weights:
         return grad_x, grad_gates, None, None, None, None
-    kinds = {"token_indices": token_indices, "dtype": weight_dtype, "bias_dtype": bias_dtype}
-    grad_up, grad_up_bias = weight_grad(grad_pre, x, group_offsets, gather="b", **kinds)
-    grad_down, grad_down_bias = weight_grad(grad, weighted, group_offsets, gather="a", gates=gates, **kinds)
+    kinds = {"token_indices": token_indices, "dtype": weight_dtype}
+    grad_up = weight_grad(grad_pre, x, group_offsets, gather="b", **kinds)
+    grad_down = weight_grad(grad, weighted, group_offsets, gather="a", **kinds)
+    if bias_dtype is None:
+        return grad_x, grad_gates, grad_up, grad_down, None, None
+    grad_up_bias = sum_rows(grad_pre, group_offsets, dtype=bias_dtype)
+    grad_down_bias = sum_rows(grad, group_offsets, token_indices=token_indices, gates=gates, dtype=bias_dtype)
     return grad_x, grad_gates, grad_up, grad_down, grad_up_bias, grad_down_bias

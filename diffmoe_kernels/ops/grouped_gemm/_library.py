@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
+from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.triton_support import why_not_triton
 
@@ -27,7 +28,7 @@ def _(x, w, offs, bias):
 @operator("group_outer")
 def _outer(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """(R, M), (R, N), (E,) -> (E, M, N): each group's sum of a^T b over its rows."""
-    return weight_grad(a, b, offs, dtype=a.dtype)[0]
+    return weight_grad(a, b, offs, dtype=a.dtype)
 
 
 @_outer.register_fake
@@ -39,9 +40,8 @@ def _(a, b, offs):
 def _rows_backward(grad: Tensor, x: Tensor, w: Tensor, offs: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x (R, K), by w as (E, N, K), by the bias (E, N), empty without one."""
     grad_x = _rows(grad, w.mT, offs, None)
-    bias_dtype = grad.dtype if has_bias else None
-    grad_w, grad_bias = weight_grad(grad, x, offs, dtype=grad.dtype, bias_dtype=bias_dtype)
-    return grad_x, grad_w, grad.new_empty(0) if grad_bias is None else grad_bias
+    grad_bias = sum_rows(grad, offs, dtype=grad.dtype) if has_bias else grad.new_empty(0)
+    return grad_x, weight_grad(grad, x, offs, dtype=grad.dtype), grad_bias
 
 
 @_rows_backward.register_fake

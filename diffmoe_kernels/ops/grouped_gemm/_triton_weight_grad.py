@@ -15,16 +15,14 @@ from diffmoe_kernels.ops.grouped_gemm.tiles import best_weight_grad_tile
 from diffmoe_kernels.triton_support import Tile, input_precision
 
 
-# a (R, M) or (T, M) gathered, b (R, N) or (T, N) gathered, gates (R,) -> out (E, M, N), bias_out (E, M)
+# a (R, M) or (T, M) gathered, b (R, N) or (T, N) gathered -> out (E, M, N)
 @triton.jit
 def _weight_grad_kernel(
     a,
     b,
     token_indices,
-    gates,
     group_offsets,
     out,
-    bias_out,
     num_rows,
     num_tiles_m,
     num_tiles_n,
@@ -34,8 +32,6 @@ def _weight_grad_kernel(
     stride_b: tl.constexpr,
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
-    HAS_GATES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -57,7 +53,6 @@ def _weight_grad_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    bias_total = tl.zeros((BLOCK_M,), tl.float32)
     rows = begin + tl.arange(0, BLOCK_K)
     if GATHER_A or GATHER_B:  # a step ahead, so that what they point at is fetched in time
         tokens = tl.load(token_indices + rows, mask=rows < end, other=0)
@@ -77,18 +72,10 @@ def _weight_grad_kernel(
             other=0.0,
         )
         total = tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
-        if HAS_BIAS:  # every column tile computes it, the first stores it: cheaper than a pass of its own
-            terms = a_tile.to(tl.float32)
-            if HAS_GATES:
-                terms *= tl.load(gates + rows, mask=inside, other=0.0)[None, :]
-            bias_total += tl.sum(terms, 1)
         if GATHER_A or GATHER_B:
             tokens = tl.load(token_indices + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0)
     at = out + group.to(tl.int64) * size_m * size_n + m.to(tl.int64)[:, None] * size_n + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < size_m)[:, None] & (n < size_n)[None, :])
-    if HAS_BIAS:
-        stores = (m < size_m) & (tile_n == 0)
-        tl.store(bias_out + group * size_m + m, bias_total.to(bias_out.dtype.element_ty), mask=stores)
 
 
 def weight_grad(
@@ -98,26 +85,21 @@ def weight_grad(
     *,
     token_indices: Tensor | None = None,
     gather: str | None = None,
-    gates: Tensor | None = None,
     dtype: torch.dtype,
-    bias_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """Per group the sum over its rows of a^T b: (R, M), (R, N) -> (E, M, N) in ``dtype``.
 
     Strides are compiled in, so none may vary with R: operands with gaps within their rows are copied.
 
     Args:
         gather: "a" or "b", whose rows are tokens (T, ...), read through ``token_indices``.
-        gates: (R,), weights of the rows in the bias gradient alone.
-        bias_dtype: also return the sum over rows of a, (E, M) in this dtype.
         tile: other than the one of `tiles.py`.
     """
     num_groups, size_m, size_n = group_offsets.shape[0], a.shape[1], b.shape[1]
     out = a.new_empty(num_groups, size_m, size_n, dtype=dtype)
-    bias_out = None if bias_dtype is None else a.new_empty(num_groups, size_m, dtype=bias_dtype)
     if out.numel() == 0:
-        return out, bias_out if bias_out is None else bias_out.zero_()
+        return out
     a, b = (one if one.stride(1) == 1 else one.contiguous() for one in (a, b))
     num_rows = (a if token_indices is None else token_indices).shape[0]
 
@@ -127,10 +109,8 @@ def weight_grad(
             a,
             b,
             group_offsets if token_indices is None else token_indices,
-            a if gates is None else gates,
             group_offsets,
             out,
-            out if bias_out is None else bias_out,
             num_rows,
             tiles_m,
             tiles_n,
@@ -140,12 +120,10 @@ def weight_grad(
             b.stride(0),
             GATHER_A=gather == "a",
             GATHER_B=gather == "b",
-            HAS_GATES=gates is not None,
-            HAS_BIAS=bias_out is not None,
             PRECISION=input_precision(a.dtype),
             **tile.options,
         )
 
     sizes = (num_rows, num_groups, size_m, size_n)
-    launch(tile or best_weight_grad_tile(launch, sizes, a.dtype, dtype, gather, bias_out is not None))
-    return out, bias_out
+    launch(tile or best_weight_grad_tile(launch, sizes, a.dtype, dtype, gather))
+    return out
