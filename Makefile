@@ -14,7 +14,7 @@ RESULTS ?= benchmarks/results/gpu.json
 BUDGET ?= 500
 FAMILIES := $(addsuffix -digits,DiT DSMoE DiffMoE TC-DiT EC-DiT JiT JiTMoE)
 
-.PHONY: build demo zoo test test-all lint bench gpu-check clean
+.PHONY: build demo zoo test test-all test-emulated lint bench gpu-check clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile CMakeLists.txt $(wildcard csrc/*)
@@ -41,6 +41,9 @@ test-all: $(VENV)/.installed  ## the tests, and the reference vectors of a full 
 	test -d "$(GOLDEN_DIR)" || { echo "test-all: set GOLDEN_DIR to the folder of a full set of reference vectors"; exit 2; }
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	GOLDEN_DIR="$(abspath $(GOLDEN_DIR))" $(BIN)/python -m pytest tests/golden
+
+test-emulated: $(VENV)/.installed  ## the tests of the ops on what Triton compiles for sm_90, emulated: half an hour
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --emulate 90 -k "not cuda" tests/ops
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

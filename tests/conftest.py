@@ -1,6 +1,6 @@
 """What all tests share: ``pytest`` runs them on the CPU, Triton's kernels interpreted, CUDA's built for it.
 
-``pytest -m gpu`` does neither.
+``pytest --emulate 90`` compiles Triton's for a chip and emulates that; ``pytest -m gpu`` does none of it.
 """
 
 import importlib.util
@@ -14,6 +14,11 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "run the Triton kernels as compiled for sm_80 or sm_90, emulated, instead of interpreted"
+    parser.addoption("--emulate", type=int, choices=(80, 90), metavar="CHIP", help=text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """A process interprets kernels or compiles them: that is settled before CUDA starts and Triton is imported."""
     if "PYTEST_XDIST_WORKER" not in os.environ:  # graphs that an earlier code compiled would be taken for this one's
@@ -24,7 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers are as many as the cores
-    if HAS_TRITON:
+    if config.getoption("--emulate"):
+        from tests.kernels.ptx.session import start
+
+        config.add_cleanup(start(config.getoption("--emulate")))
+    elif HAS_TRITON:
         from tests.kernels.interpreter import mend_bfloat16
 
         mend_bfloat16()

@@ -46,6 +46,8 @@ class Compiled:
     loads_in_flight: copies to shared memory that may still be under way where the code waits for one.
     bulk_copies: instructions of the bulk copy engine.
     serialized: whether ptxas says that it runs warp-group products one by one; on sm_90.
+    hazards: instructions that touch registers of a warp-group product which is under way, and are no such product; on
+        sm_90.
     instructions: of its machine code outside of loops, then in each loop but not in one within it, innermost first; on
         sm_90.
     compiled_as: what Triton keeps the kernel under; the same where a launch needs no other code.
@@ -63,6 +65,7 @@ class Compiled:
     loads_in_flight: int
     bulk_copies: int
     serialized: bool
+    hazards: list[str]
     instructions: list[int]
     compiled_as: str
 
@@ -112,7 +115,7 @@ def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         report = run_tool("cuobjdump", "-res-usage", file.name)
-        instructions = count_instructions(run_tool("nvdisasm", "-c", file.name)) if capability == 90 else []
+        listing = run_tool("nvdisasm", "-c", file.name) if capability == 90 else ""
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     code = kernel.asm["ptx"]
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", code)
@@ -131,7 +134,8 @@ def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
         loads_in_flight=max((int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", code)), default=0),
         bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", code)),
         serialized=capability == 90 and "wgmma" in code and is_serialized(code),
-        instructions=instructions,
+        hazards=find_hazards(listing),
+        instructions=count_instructions(listing) if listing else [],
         compiled_as=kernel.hash,
     )
 
@@ -151,6 +155,40 @@ def is_serialized(code: str) -> bool:
         )
 
 
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w+)(\S*)(.*);")
+WRITES_NOTHING = ("ST", "RED", "BAR", "SYNCS", "WARPGROUP", "BRA", "LDGSTS", "UTMALDG")
+
+
+def find_hazards(listing: str) -> list[str]:
+    """As `Compiled.hazards` has them: reads and writes of sums, and writes of factors, before the wait for a product.
+
+    PTX leaves the first to the compiler that wrote it, who moves sums about before their wait; of the second ptxas has
+    been guilty itself (triton-lang/triton#11781).
+    """
+    sums: set[int] = set()
+    factors: set[int] = set()
+    found = []
+    for name, kind, operands in INSTRUCTION.findall(listing):
+        if name == "HGMMA":
+            columns = int(kind.split("x")[1])
+            first, second = re.match(r" R(\d+), (?:R(\d+)|gdesc)", operands).groups()
+            sums |= {int(first) + i for i in range(columns // 2)}
+            factors |= {int(second) + i for i in range(4)} if second else set()
+        elif name == "WARPGROUP" and "DEPBAR" in kind:
+            if operands.endswith(("0x0 ", "0x0")):
+                sums, factors = set(), set()
+        else:
+            width = 4 if "128" in kind or ".4" in kind else 2 if "64" in kind or "WIDE" in kind or ".2" in kind else 1
+            numbers = [(int(number), 2 if wide else 1) for number, wide in re.findall(r"\bR(\d+)(\.64)?", operands)]
+            target = re.match(r" R(\d+)", operands)
+            written = set()
+            if target and not name.startswith(WRITES_NOTHING):
+                written = {int(target[1]) + i for i in range(width)}
+            if (written | {number + i for number, wide in numbers for i in range(wide)}) & sums or written & factors:
+                found.append(f"{name}{kind}{operands}")
+    return found
+
+
 def count_instructions(listing: str) -> list[int]:
     """As `Compiled.instructions` has them. A loop is what lies between a jump back and where it goes."""
     labels: dict[str, int] = {}
@@ -159,8 +197,8 @@ def count_instructions(listing: str) -> list[int]:
     for line in listing.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = count
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w+)(.*);", line):
-            goal = re.search(r"\.L_\w+", found[2])
+        elif found := INSTRUCTION.match(line):
+            goal = re.search(r"\.L_\w+", found[3])
             if found[1] == "BRA" and goal and labels.get(goal[0], count) < count:
                 ends[labels[goal[0]]] = count + 1
             count += found[1] != "NOP"

@@ -71,6 +71,27 @@ def test_products_of_a_warp_group_do_not_wait_for_each_other(compiled):
         assert not row["serialized"] or "odd" in row["case"] or "narrow" in row["case"], row
 
 
+def test_nothing_touches_registers_of_a_product_under_way(compiled):
+    products = [row for row in compiled[90] if row["matrix_instructions"]]
+    assert len(products) > 80
+    for row in products:
+        assert not row["hazards"], row
+
+
+def test_a_hazard_is_found():
+    """In listings of the one kind that `nvdisasm` prints: a sum read, a sum moved, a factor written before the wait."""
+    from tests.kernels.ahead_of_time import find_hazards
+
+    def hazards(*between: str, after: str = "") -> list[str]:
+        product = "HGMMA.64x16x16.F32.BF16 R88, R24, gdesc[UR20].tnspB, R88, gsb0 "
+        lines = (product, *between, "WARPGROUP.DEPBAR.LE gsb0, 0x0 ", after)
+        return find_hazards("".join(f"        /*{16 * i:04x}*/  {one};\n" for i, one in enumerate(lines)))
+
+    assert not hazards("FADD R96, R24, R25 ", "LDS.128 R84, [R2] ", "STS [R2], R24 ", after="FADD R88, R95, R24 ")
+    for one in ("FADD R1, R2, R95 ", "@P0 MOV R88, R1 ", "LDS.128 R85, [R2] ", "MOV R27, R1 ", "LDS.64 R23, [R2] "):
+        assert hazards(one), one
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_operands_are_read_16_bytes_at_a_time(compiled, capability):
     rows = [row for row in compiled[capability] if row["kernel"] in (*MATRIX_PRODUCTS, *ATTENTION, *MOVEMENT)]
