@@ -1,5 +1,8 @@
 // The extension's table of contents. Tensors come as addresses (`tensor.data_ptr()`, 0 for None), the stream as torch
 // gives it (`torch.cuda.current_stream().cuda_stream`): no torch header, so one build serves every version of torch.
+#ifdef DIFFMOE_ON_CPU
+#include <pybind11/functional.h>
+#endif
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,6 +15,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Kernels of diffmoe_kernels in CUDA C++.";
 #ifdef DIFFMOE_ON_CPU
   module.attr("on_cpu") = true;
+  module.def("set_runner", &on_cpu::set_runner);
   module.def("set_thread_order", &on_cpu::set_thread_order);
   module.def("take_launched", &on_cpu::take_launched);
 #else

@@ -46,7 +46,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t grid, int t
   if (grid < 0 || grid > INT32_MAX) fail("the grid is too large");
 #ifdef DIFFMOE_ON_CPU
   (void)stream;
-  on_cpu::run(name, grid, threads, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  on_cpu::run(name, kernel, grid, threads, static_cast<Parameters>(arguments)...);
 #else
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   kernel<<<static_cast<unsigned>(grid), threads, 0, on>>>(arguments...);

@@ -1,6 +1,6 @@
 """What all tests share: ``pytest`` runs them on the CPU, Triton's kernels interpreted, CUDA's built for it.
 
-``pytest --emulate 90`` compiles Triton's for a chip and emulates that; ``pytest -m gpu`` does none of it.
+``pytest --emulate 90`` compiles both for a chip and emulates that; ``pytest -m gpu`` does none of it.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "run the Triton kernels as compiled for sm_80 or sm_90, emulated, instead of interpreted"
+    text = "run the kernels as compiled for sm_80 or sm_90, emulated: Triton's, and CUDA's if there is nvcc"
     parser.addoption("--emulate", type=int, choices=(80, 90), metavar="CHIP", help=text)
 
 
@@ -29,18 +29,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers are as many as the cores
-    if config.getoption("--emulate"):
+    from tests.kernels import on_cpu
+
+    extension = on_cpu.install() if on_cpu.why_not() is None else None
+    if chip := config.getoption("--emulate"):
         from tests.kernels.ptx.session import start
 
-        config.add_cleanup(start(config.getoption("--emulate")))
+        config.add_cleanup(start(chip, extension))
     elif HAS_TRITON:
         from tests.kernels.interpreter import mend_bfloat16
 
         mend_bfloat16()
-    from tests.kernels import on_cpu
-
-    if on_cpu.why_not() is None:
-        on_cpu.install()
 
 
 @pytest.fixture(autouse=True)

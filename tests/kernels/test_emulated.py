@@ -1,4 +1,4 @@
-"""The Triton kernels as compiled for chips that are not there, run by the emulator of `tests/kernels/ptx`.
+"""The kernels as compiled for chips that are not there, run by the emulator of `tests/kernels/ptx`.
 
 Values, and what a sanitizer would see: races between warps, copies and products under way, fences, addresses.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from diffmoe_kernels.triton_support import HAS_TRITON
+from tests.kernels import on_cpu
+from tests.kernels.ptx import cuda
 from tests.kernels.ptx.cases import report
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -50,11 +53,18 @@ def test_right_and_without_a_race(capability, names):
             assert error < (5e-7 if result in SINGLE else coarse), (name, result, error)
 
 
-def test_tests_of_ops_run_on_it():
-    """`pytest --emulate`, for two files that take seconds; all of tests/ops take half an hour."""
-    files = ("tests/ops/test_permute.py", "tests/ops/test_router_topk.py")
-    command = [sys.executable, "-m", "pytest", "--emulate", "90", "-p", "no:cacheprovider", "-k", "triton", *files]
+@pytest.mark.parametrize(
+    ("choice", "files"),
+    [("triton", ("test_permute", "test_router_topk")), ("not opcheck", ("test_cuda_edges",))],
+    ids=["triton", "cuda"],
+)
+def test_tests_of_ops_run_on_it(choice, files):
+    """`pytest --emulate`, for files that take seconds; all of tests/ops take most of an hour."""
+    if choice != "triton" and (on_cpu.why_not() or cuda.why_not()):
+        pytest.skip(on_cpu.why_not() or cuda.why_not())
+    command = [sys.executable, "-m", "pytest", "--emulate", "90", "-p", "no:cacheprovider", "-k", choice]
+    command += [f"tests/ops/{name}.py" for name in files]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 30

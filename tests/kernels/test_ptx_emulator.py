@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.kernels.ptx.machine import Machine
+from tests.kernels.ptx.memory import GlobalMemory
+from tests.kernels.ptx.parse import kernels, parse
 from tests.kernels.ptx.programs import run
 from tests.kernels.ptx.values import narrow, tf32, widen
 
@@ -54,6 +57,10 @@ COMPUTED = {
     "bfe unsigned": ("bfe.u32 %r0, %r1, 5, 7;", (A,), A >> 5 & 127),
     "bfe past the end": ("bfe.s32 %r0, %r1, 28, 9;", (A,), A >> 28),
     "bfe of nothing": ("bfe.s32 %r0, %r1, 28, 0;", (A,), 0 * A),
+    "bfi": ("bfi.b32 %r0, %r1, %r2, 5, 7;", (A, B), (B & ~(127 << 5)) | (A & 127) << 5),
+    "bfi of all": ("bfi.b32 %r0, %r1, %r2, 0, 32;", (A, B), A),
+    "brev": ("brev.b32 %r0, %r1;", (A,), [int(f"{one:032b}"[::-1], 2) for one in A.view(np.uint32)]),
+    "bfind": ("bfind.shiftamt.u32 %r0, %r1;", (A,), [32 - len(f"{one:b}") if one else -1 for one in A.view("u4")]),
     "prmt": ("prmt.b32 %r0, %r1, %r2, 0x1076U;", (A, B), (A << 16) | (B >> 16 & 0xFFFF)),
     "prmt of signs": ("prmt.b32 %r0, %r1, %r2, 0xbb10U;", (A, B), (A & 0xFFFF) | np.where(A < 0, -65536, 0)),
     "popc": ("popc.b32 %r0, %r1;", (A,), [f"{one:b}".count("1") for one in A.view(np.uint32)]),
@@ -63,6 +70,12 @@ COMPUTED = {
     "max": ("max.f32 %r0, %r1, %r2;", (X, Y), np.fmax(X, Y)),
     "max.NaN": ("max.NaN.f32 %r0, %r1, %r2;", (X, Y), np.maximum(X, Y)),
     "fma": ("fma.rn.f32 %r0, %r1, %r2, %r3;", (X, Y, Z), (X.astype(np.float64) * Y + Z).astype(np.float32)),
+    "fma downwards": (
+        "fma.rm.f32 %r0, %r1, 0f3F800000, 0f4B800000;",  # + 2 ** 24, where every other integer is a number
+        (np.arange(32, dtype=np.float32),),
+        (2**24 + np.arange(32) // 2 * 2).astype(np.float32),
+    ),
+    "cvt.sat": ("cvt.sat.f32.f32 %r0, %r1;", (X,), np.where(np.isnan(X), 0, np.clip(X, 0, 1)).astype(np.float32)),
     "cvt to bf16": ("cvt.rn.bf16.f32 %h1, %r1; cvt.u32.u16 %r0, %h1;", (X,), narrow(X, "bf16")),
     "cvt to integer": ("cvt.rzi.s32.f32 %r0, %r1;", (X * 9,), np.where(np.isnan(X), 0, X * 9).astype(np.int32)),
     "cvt saturates": ("cvt.rni.s32.f32 %r0, 0fCF800000;", (), np.full(32, -(2**31))),
@@ -151,6 +164,45 @@ def test_blocks_have_a_number_and_a_memory_each():
     """
     assert not run(code, out, threads=64, shared=4, blocks=40).faults
     np.testing.assert_array_equal(out, np.arange(40))
+
+
+MODULE = """
+.entry first() { ret; }
+.visible .entry second(
+    .param .u64 second_param_0,
+    .param .u8 second_param_1
+)
+{
+    .reg .b32 %r<9>;
+    .reg .b64 %d<9>;
+    .shared .align 4 .b8 odd[6];
+    .shared .align 8 .b8 even[8];
+    ld.param.u64 %d0, [second_param_0];
+    ld.param.u8 %r0, [second_param_1];
+    mov.u32 %r1, even;
+    .loc 1 7 3, function_name $L__info_string0, inlined_at 1 9 5
+    st.shared.u32 [even+4], %r0;
+    st.shared.u32 [%r1+OFFSET], %r1;
+    ld.shared.u32 %r2, [even+4];
+    st.global.v2.u32 [%d0], {%r1, %r2};
+    ret;
+}
+.file 1 "folder/kernels.cu"
+"""
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+def test_variables_in_shared_memory_of_the_second_kernel_of_a_module(offset):
+    out, memory = np.zeros(2, np.uint32), GlobalMemory()
+    memory.add(out.ctypes.data, out.nbytes)
+    texts = kernels(MODULE.replace("OFFSET", str(offset)))
+    assert list(texts) == ["first", "second"]
+    machine = Machine(parse(texts["second"], threads=1), memory, [out.ctypes.data, 1 + 256])
+    machine.run((1, 1, 1))
+    if offset:
+        assert list(machine.faults) == ["access outside of shared memory (kernels.cu:7)"]
+    else:
+        assert not machine.faults and out.tolist() == [8, 1]
 
 
 def test_wavefronts_count_conflicts_of_banks():

@@ -159,6 +159,7 @@ def test_bulk_copies():
 
 
 STORE, LOAD, BARRIER = "st.shared.b32 [%r91], %r90;\n", "ld.shared.b32 %r5, [%r91];\n", "bar.sync 0;\n"
+LOAD_FIRST = "ld.shared.b32 %r5, [global_smem];"
 OTHER = "xor.b32 %r6, %r91, 128;\n"  # the place of a thread in the other warp
 LOAD_OTHER, STORE_OTHER = "ld.shared.b32 %r5, [%r6];\n", "st.shared.b32 [%r6], %r90;\n"
 COPY = "cp.async.ca.shared.global [%r91], [%d0], 0x4;\ncp.async.commit_group;\n"
@@ -207,9 +208,13 @@ def test_sees(fault):
 def test_sees_threads_that_add_and_others_that_read_at_once():
     add = "atom.shared.add.u32 %r5, [global_smem], 1;\n"
     start = "setp.eq.s32 %p1, %r90, 0; @%p1 st.shared.b32 [global_smem], 0; bar.sync 0;\n"
-    assert kinds(run(start + add + "ld.shared.b32 %r5, [global_smem];", threads=64, shared=4)) == {READ}
-    machine = run(start + add + add + BARRIER + "ld.shared.b32 %r5, [global_smem];", threads=64, shared=4)
+    assert kinds(run(start + add + LOAD_FIRST, threads=64, shared=4)) == {READ}
+    machine = run(start + add + add + BARRIER + LOAD_FIRST, threads=64, shared=4)
     assert not machine.faults and (machine.registers["%r5"] == 128).all()
+    machine = run(
+        start + add.replace("add.u32", "or.b32").replace("1;", "%r90;") + BARRIER + LOAD_FIRST, threads=64, shared=4
+    )
+    assert not machine.faults and (machine.registers["%r5"] == 63).all()
 
 
 # what makes `READY`, a product, its wait: fault -> code, all of it for operands in shared memory

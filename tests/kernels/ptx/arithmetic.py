@@ -34,6 +34,13 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
+def fused_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Rounded towards minus infinity."""
+    exact = a.astype(np.float64) * b + c
+    near = exact.astype(np.float32)
+    return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
+
+
 def propagating(function):
     """NaN where one is, as .NaN asks; in the canonical form."""
     return lambda a, b: np.where(np.isnan(a) | np.isnan(b), np.float32(np.nan), function(a, b))
@@ -44,6 +51,7 @@ for pattern, function in {
     rf"sub({FLOAT}|{HALF}|{INTEGER})": np.subtract,
     rf"mul({FLOAT}|{HALF})": np.multiply,
     r"fma\.rn(\.ftz)?\.(f32|b?f16(x2)?)": fused,
+    r"fma\.rm(\.ftz)?\.f32": fused_down,
     rf"div{FLOAT}": np.divide,
     rf"min({FLOAT}|{HALF})": np.fmin,  # the number where the other is none
     rf"max({FLOAT}|{HALF})": np.fmax,
@@ -134,6 +142,28 @@ def extract_bits(machine, ins):
     return np.where(length == 0, wide.dtype.type(0), (found << rest) >> rest).astype(a.dtype)
 
 
+@computes(r"bfi\.b32")
+def insert_bits(machine, ins):
+    a, b = (machine.read(one, "u32").astype(np.uint64) for one in ins.operands[1:3])
+    position, length = (machine.read(one, "u32").astype(np.uint64) & np.uint64(255) for one in ins.operands[3:5])
+    one = np.uint64(1)
+    mask = (one << np.minimum(length, np.uint64(32))) - one << np.minimum(position, np.uint64(32))
+    return (b & ~mask | a << np.minimum(position, np.uint64(32)) & mask).astype(np.uint32)
+
+
+@computes(r"brev\.b32")
+def reverse_bits(machine, ins):
+    bits = np.unpackbits(machine.full(ins.operands[1], "b32").copy()[:, None].view(np.uint8), axis=1, bitorder="little")
+    return np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(np.uint32)[:, 0]
+
+
+@computes(r"bfind\.shiftamt\.u32")
+def places_to_highest_bit(machine, ins):
+    """By how many places it is shifted to the left until the highest bit is set; of 0 all ones."""
+    a = machine.read(ins.operands[1], "u32")
+    return np.where(a == 0, np.uint32(0xFFFFFFFF), 31 - np.log2(np.maximum(a, 1).astype(np.float64)).astype(np.uint32))
+
+
 @computes(r"prmt\.b32")
 def permute_bytes(machine, ins):
     a, b, selector = (machine.full(one, "b32") for one in ins.operands[1:4])
@@ -204,6 +234,12 @@ def move(machine, ins, active):
 @computes(r"cvta(\.to|\.param)?(\.global|\.shared)?\.u64")
 def convert_address(machine, ins):
     return machine.read(ins.operands[1], "u64")
+
+
+@computes(r"cvt(\.ftz)?\.sat\.f32\.f32")
+def saturate(machine, ins):
+    """To 0 and 1; NaN to 0."""
+    return np.fmin(np.fmax(machine.read(ins.operands[1], "f32"), np.float32(0)), np.float32(1))
 
 
 ROUNDED = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}

@@ -36,7 +36,8 @@ class Machine:
     def __init__(
         self, program: Program, memory: GlobalMemory, arguments: list, shared: int = 0, maps: dict | None = None
     ) -> None:
-        self.program, self.memory, self.shared_size, self.maps = program, memory, shared, maps or {}
+        self.program, self.memory, self.maps = program, memory, maps or {}
+        self.shared_size = program.shared_size + shared
         self.arguments = dict(zip(program.parameters, arguments, strict=True))
         self.faults: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
@@ -159,9 +160,10 @@ class Machine:
             by_warp = active.reshape(-1, 32)
             if (by_warp.any(1) != by_warp.all(1)).any():
                 raise Fault("a warp's threads are not all there")
-        if members is not None and (self.read(members, "u32") != 0xFFFFFFFF).any():
+        which = self.which(active)
+        if members is not None and (self.full(members, "u32")[which] != 0xFFFFFFFF).any():
             raise NotImplementedError("members that are not the whole warp")
-        return self.which(active)
+        return which
 
     # Registers.
 
@@ -180,8 +182,8 @@ class Machine:
         if isinstance(operand, Not):
             return ~self.read(operand.operand, kind)
         if isinstance(operand, Symbol):
-            number = 0 if operand.name == "global_smem" else self.arguments[operand.name]
-            return np.array([number], dtype)
+            at = self.program.shared_size if operand.name == "global_smem" else self.program.shared.get(operand.name)
+            return np.array([self.arguments[operand.name] if at is None else at], dtype)
         if not isinstance(operand, Number):
             raise TypeError(operand)
         if dtype.kind == "b":

@@ -1,9 +1,10 @@
-"""PTX text to a list of instructions: what Triton's compiler writes, and inline assembly within it."""
+"""PTX text to a list of instructions: what Triton's compiler and nvcc write, and inline assembly within it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -63,31 +64,46 @@ class Instruction:
 
 @dataclass
 class Program:
-    """parameters: their names; types: of registers, by name or by what comes before the number in it."""
+    """parameters: their names and types; types: of registers, by name or by what comes before the number in it; shared:
+    where in shared memory its variables are, behind which there is what is asked for at the launch."""
 
     name: str
-    parameters: list[str]
+    parameters: dict[str, str]
     threads: int
     types: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)
+    shared_size: int = 0
     instructions: list[Instruction] = field(default_factory=list)
 
 
-def parse(text: str) -> Program:
+def parse(text: str, threads: int | None = None) -> Program:
+    """The first kernel in a text. threads: of a block, where the text does not tell."""
     entry = re.search(r"\.entry (\w+)\(\s*(.*?)\)\s*(.*?)\{", text, re.S)
-    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", entry[3]) if entry else None
-    if entry is None or threads is None:
+    told = re.search(r"\.reqntid (\d+)", entry[3]) if entry else None
+    if entry is None or told is None and threads is None:
         raise ValueError("no kernel with a known number of threads")
-    parameters = [re.sub(r"\[\d+\]", "", one).split()[-1] for one in entry[2].split(",") if one.strip()]
-    program = Program(entry[1], parameters, int(threads[1]))
+    words = [re.sub(r"\[\d+\]", "", one).split() for one in entry[2].split(",") if one.strip()]
+    program = Program(entry[1], {one[-1]: one[1].lstrip(".") for one in words}, threads or int(told[1]))
     for kind, names in re.findall(r"\.reg \.(\w+)\s+([^;]+);", text):
         program.types |= {re.sub(r"<\d+>", "", name.strip()): kind for name in names.split(",")}
-    _Body(program).read(text[entry.end() :], text[: entry.end()].count("\n") + 1)
+    files = {number: Path(name).name for number, name in re.findall(r'\.file\s+(\d+) "([^"]+)"', text)}
+    _Body(program, files).read(text[entry.end() :], text[: entry.end()].count("\n") + 1)
     return program
 
 
+def kernels(text: str) -> dict[str, str]:
+    """Of a module with several: the text of each, by name."""
+    starts = [
+        (found.start(), found[1]) for found in re.finditer(r"^(?:\.visible )?\.entry (\w+)\(", text, re.MULTILINE)
+    ]
+    files = "\n".join(re.findall(r"\.file\s.*", text))
+    ends = [*(start for start, _ in starts), len(text)][1:]
+    return {name: f"{text[start:end]}\n{files}" for (start, name), end in zip(starts, ends, strict=True)}
+
+
 class _Body:
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, files: dict[str, str]) -> None:
+        self.program, self.files = program, files
         self.labels: dict[tuple[str, int], int] = {}  # by name and scope
         self.jumps: list[tuple[Instruction, str, list[int]]] = []
         self.scopes = [0]
@@ -100,7 +116,7 @@ class _Body:
             if place := re.match(r"\s*\.loc\s+(\d+) (\d+)", code):
                 if place[2] != "0":  # of no line
                     found = re.match(r"\s*([^\s:]+:\d+)", comment)  # the innermost comes first
-                    source = found[1] if found else f"file {place[1]}:{place[2]}"
+                    source = found[1] if found else f"{self.files.get(place[1], place[1])}:{place[2]}"
                 continue
             for statement in code.split(";"):
                 self.add(statement.strip(), source or f"line {number}")
@@ -122,6 +138,11 @@ class _Body:
             else:
                 self.scopes.pop()
             statement = statement[start.end() :]
+        if variable := re.match(r"\.shared \.align (\d+) \.[a-z](\d+) ([\w$]+)(?:\[(\d+)\])?", statement):
+            alignment, bits, name, count = variable.groups()
+            start = -(-self.program.shared_size // int(alignment)) * int(alignment)
+            self.program.shared[name] = start
+            self.program.shared_size = start + int(bits) // 8 * int(count or 1)
         if not statement or statement.startswith("."):
             return
         found = re.fullmatch(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", statement, re.S)

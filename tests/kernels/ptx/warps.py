@@ -122,8 +122,8 @@ def store(machine, ins, active):
         machine.count_wavefronts(which, at, values.itemsize * values.shape[1])
 
 
-@does(r"atom\.shared\.add\.u32")
-def add_atomically(machine, ins, active):
+@does(r"atom\.shared\.(add\.u32|or\.b32)")
+def change_atomically(machine, ins, active):
     which, shared = machine.which(active), machine.shared
     block, warp = machine.block[which], machine.warp[which]
     flat = shared.locate(block, machine.addresses(ins.operands[1], which), 4)
@@ -132,7 +132,7 @@ def add_atomically(machine, ins, active):
     old = np.empty(len(which), np.uint32)
     for i, at in enumerate(flat // 4):
         old[i] = numbers[at]
-        numbers[at] += more[i]
+        numbers[at] = REDUCTIONS[ins.parts[2]](old[i], more[i])
     machine.write_some(ins.operands[0], which, old, active)
 
 
