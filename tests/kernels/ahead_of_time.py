@@ -49,7 +49,7 @@ class Compiled:
     hazards: instructions that touch registers of a warp-group product which is under way, and are no such product; on
         sm_90.
     instructions: of its machine code outside of loops, then in each loop but not in one within it, innermost first; on
-        sm_90.
+        sm_90, where it has products of warp groups.
     compiled_as: what Triton keeps the kernel under; the same where a launch needs no other code.
     """
 
@@ -111,11 +111,8 @@ def recorded_launches(capability: int) -> Iterator[list]:
 
 def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
     capability = kernel.metadata.target.arch
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        report = run_tool("cuobjdump", "-res-usage", file.name)
-        listing = run_tool("nvdisasm", "-c", file.name) if capability == 90 else ""
+    by_groups = capability == 90 and "wgmma" in kernel.asm["ptx"]
+    report, listing = read_machine_code(kernel.asm["cubin"], by_groups)
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     code = kernel.asm["ptx"]
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", code)
@@ -133,7 +130,7 @@ def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
         widest_load=max(widths, default=0),
         loads_in_flight=max((int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", code)), default=0),
         bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", code)),
-        serialized=capability == 90 and "wgmma" in code and is_serialized(code),
+        serialized=by_groups and is_serialized(code),
         hazards=find_hazards(listing),
         instructions=count_instructions(listing) if listing else [],
         compiled_as=kernel.hash,
@@ -146,6 +143,16 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 @functools.cache  # launches of one kernel share its code
+def read_machine_code(cubin: bytes, listed: bool) -> tuple[str, str]:
+    """What it uses, and its listing if that is asked for."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = run_tool("nvdisasm", "-c", file.name) if listed else ""
+        return run_tool("cuobjdump", "-res-usage", file.name), listing
+
+
+@functools.cache
 def is_serialized(code: str) -> bool:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(code)

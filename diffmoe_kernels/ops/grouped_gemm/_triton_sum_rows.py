@@ -22,7 +22,7 @@ def _sum_rows_kernel(
     gates,
     group_offsets,
     out,
-    stride,
+    stride: tl.constexpr,
     num_columns: tl.constexpr,
     GATHERS: tl.constexpr,
     HAS_GATES: tl.constexpr,
