@@ -174,7 +174,7 @@ def try_wait(machine, ins, active):
     machine.write_some(ins.operands[0], which, done, active)
 
 
-@does(r"cp\.async\.bulk\.tensor\.[1-5]d\.shared::cta\.global\.mbarrier::complete_tx::bytes")
+@does(r"cp\.async\.bulk\.tensor\.[1-5]d\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes")
 def start_bulk(machine, ins, active):
     source, shared = machine.source, machine.shared
     for lane, key in each(machine, ins.operands[2], active):
