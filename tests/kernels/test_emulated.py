@@ -59,7 +59,7 @@ def test_right_and_without_a_race(capability, names):
     ids=["triton", "cuda"],
 )
 def test_tests_of_ops_run_on_it(choice, files):
-    """`pytest --emulate`, for files that take seconds; all of tests/ops take most of an hour."""
+    """`pytest --emulate`, for a few files of tests/ops."""
     if choice != "triton" and (on_cpu.why_not() or cuda.why_not()):
         pytest.skip(on_cpu.why_not() or cuda.why_not())
     command = [sys.executable, "-m", "pytest", "--emulate", "90", "-p", "no:cacheprovider", "-k", choice]

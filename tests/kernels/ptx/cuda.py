@@ -5,6 +5,7 @@ The build for a CPU of `tests/kernels/on_cpu.py` hands its launches over: which 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -74,7 +75,9 @@ def compiled(capability: int) -> dict[str, str]:
     folder = ROOT / "build" / "ptx" / known.hexdigest()[:16]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
+            made = Path(parent, "ptx")
+            made.mkdir()
             arch = f"-arch=compute_{capability}{'a' if capability == 90 else ''}"
             jobs = [
                 subprocess.Popen(["nvcc", *OPTIONS, arch, str(path), "-o", f"{made}/{path.stem}.ptx"])
@@ -82,7 +85,8 @@ def compiled(capability: int) -> dict[str, str]:
             ]
             if any([job.wait() for job in jobs]):
                 raise RuntimeError("nvcc fails")
-            shutil.copytree(made, folder, dirs_exist_ok=True)
+            with contextlib.suppress(OSError):  # another process was first
+                made.rename(folder)
     texts: dict[str, str] = {}
     for path in folder.glob("*.ptx"):
         texts |= kernels(path.read_text())
