@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +22,14 @@ from benchmarks.analysis.figures import save_capacity, save_experts_by_class, sa
 from benchmarks.analysis.usage import ExpertUsage, LayerLoad, UsageRecorder, layer_loads
 from diffmoe_kernels import ExpertChoiceMoE
 from models.data import check_labels
-from models.objectives import DDPM, Method, Objective, ObjectiveName, objective_for
-from models.precision import Precision, experts_cast_once
-from models.sample import balanced_labels, sample_batches
-from models.training.config import build_config, config_parser, option, require
-from models.training.loading import TrainedModel, Weights, load_published, load_trained, pick_device
-from models.training.logs import command_line, machine, markdown_table
+from models.markdown import markdown_table
+from models.objectives import DDPM, Method, Objective
+from models.options import build_config, command_line, config_parser, option, require
+from models.precision import experts_cast_once
+from models.sample import SamplerConfig
+from models.sampling import balanced_labels
+from models.training.loading import TrainedModel
+from models.training.logs import machine
 
 ARRAYS = {  # of analysis.npz
     "blocks": "(L,) the blocks that the MoE layers stand in",
@@ -45,53 +47,16 @@ EVEN = "even by construction: every expert takes equally many tokens of each sam
 
 
 @dataclass(frozen=True)
-class AnalyzeConfig:
-    """All options of `python -m benchmarks.analyze`.
+class AnalyzeConfig(SamplerConfig):
+    """All options of `python -m benchmarks.analyze`; see `SamplerConfig`."""
 
-    Raises:
-        ValueError: a number out of its range, naming the option.
-    """
-
-    checkpoint: str = option("runs/train", "run directory, or a checkpoint file", alias="ckpt")
     output: str = option("analysis", "directory for the pictures, analysis.md, analysis.json and analysis.npz")
-    official: str | None = option(None, "YAML file of the official model that --ckpt is of: its target and params")
-    weights: Weights | None = option(None, "moving average, a second one, or last step; the first that is there")
     num_samples: int = option(100, "how many images, as many of each class; spread over them if there are fewer")
-    classes: list[int] | None = option(None, "labels to sample, all by default", items=int)
     method: Method | None = option(None, "sampler of fixed times: euler, heun; for ddpm ancestral, ddim")
-    steps: int | None = option(None, "sampler's steps; 50, and 250 for ancestral, by default")
-    objective: ObjectiveName | None = option(None, "of an official model: ddpm where it was trained with that")
-    objective_options: dict[str, Any] | None = option(
-        None, "settings of the objective to change, such as '{noise_scale: 2.0}'"
-    )
-    cfg_scale: float = option(1.5, "guidance towards the class, 1 for none")
-    seed: int = option(0, "seed of the noise")
-    batch_size: int = option(256, "images at a time; DiffMoE's official rule chooses among them", alias="batch")
-    precision: Precision = option("float32", "bfloat16 runs the model under autocast")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "steps", "batch_size"):
-            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        require(self, "seed", -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
-        require(self, "cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
-        fine = self.objective is None or self.official is not None
-        require(self, "objective", fine, "left out without --official, a run has its own")
+        super().__post_init__()
         require(self, "method", self.method != "dopri5", "a sampler of fixed times, such as euler or heun")
-
-
-def load(config: AnalyzeConfig) -> TrainedModel:
-    """The model that the options name, on its device, and its objective.
-
-    Raises:
-        OSError, ValueError: no usable checkpoint.
-    """
-    device, options = pick_device(config.device), config.objective_options or {}
-    if config.official is None:
-        weights = config.weights or "ema"
-        return load_trained(config.checkpoint, weights=weights, objective_options=options, device=device)
-    model = load_published(config.checkpoint, Path(config.official), weights=config.weights)
-    return TrainedModel(model.to(device), objective_for(model, config.objective or "auto", **options), None)
 
 
 def record_usage(trained: TrainedModel, config: AnalyzeConfig) -> ExpertUsage:
@@ -106,17 +71,7 @@ def record_usage(trained: TrainedModel, config: AnalyzeConfig) -> ExpertUsage:
     check_labels(torch.tensor(classes), model.num_classes)
     # Fewer images than classes are every so many'th class, not the first ones.
     labels = balanced_labels(config.num_samples, classes[:: math.ceil(len(classes) / config.num_samples)])
-    batches = sample_batches(
-        model,
-        labels,
-        trained.objective,
-        config.seed,
-        config.steps,
-        config.method,
-        config.cfg_scale,
-        config.batch_size,
-        config.precision,
-    )
+    batches = config.draw(trained, labels)
     with recorder, experts_cast_once(model, config.precision):
         for part in labels.split(config.batch_size):
             recorder.start_batch(len(part))
@@ -148,9 +103,9 @@ def analyze(config: AnalyzeConfig) -> str:
 
     Raises:
         ImportError: matplotlib is not installed.
-        OSError, TypeError, ValueError: as `load` and `record_usage` do.
+        OSError, TypeError, ValueError: as `SamplerConfig.load` and `record_usage` do.
     """
-    trained = load(config)
+    trained = config.load()
     usage = record_usage(trained, config)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,8 @@ from torch import nn
 from benchmarks.parity.backends import SEEDS, WINDOW, Measure, blobs, compare_backends
 from diffmoe_kernels.backend import Backend
 from models import create_model
-from models.training.logs import machine, markdown_table
+from models.markdown import markdown_table
+from models.training.logs import machine
 
 MODELS = ["DSMoE-digits", "DiffMoE-digits"]
 BATCH_SIZE = 64

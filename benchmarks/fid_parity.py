@@ -23,11 +23,12 @@ from benchmarks.parity.scoring import DigitsScorer, FidScorer, Scorer
 from models import count_parameters, create_model, list_models
 from models.data import DataSplits, load_dataset
 from models.objectives import JiTFlow, Method, objective_for
+from models.options import build_config, command_line, config_parser, option, require
 from models.precision import Precision
 from models.sample import SampleConfig
-from models.training.config import TrainConfig, build_config, config_parser, option, require
+from models.training.config import TrainConfig
 from models.training.loading import model_overrides, pick_device
-from models.training.logs import command_line, machine, save_seed_curves
+from models.training.logs import machine, save_seed_curves
 from models.training.trainer import NonFiniteError
 
 # What an option is where it is not given: of the digits, and of anything larger.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.files import load
+from models.markdown import markdown_table
 
 FORWARD, BOTH = "forward", "forward+backward"
 Key = tuple[str, str, str, str]  # op, name, direction, provider
@@ -258,8 +259,7 @@ def report(data: Mapping[str, Any], goals: list[Goal] | None = None) -> str:
     lines += [f"- failed: {one['test']}: {one['reason']}" for one in failed]
     head = ["work", "today's best", "baseline", "ours", "ratio to the baseline", "goal", "reached"]
     rows = [row(goal, results) for goal in (GOALS if goals is None else goals)]
-    lines += ["", *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", markdown_table(head, rows)])
 
 
 def main(arguments: list[str] | None = None) -> int:

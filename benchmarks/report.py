@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.files import load
+from models.markdown import markdown_table
 
 HEAD = ["case", "provider", "median ms", "20th to 80th percentile", "x the ceiling", "rate"]
 HEAD += ["images", "images/s", "kept MiB", "peak MiB", "in all MiB", "optimizer ms"]
@@ -133,14 +134,8 @@ def table(rows: list[Row]) -> str:
         if above.case == below[0]:
             below[0] = ""
     columns = [column for column in zip(HEAD, *cells, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    right = [name not in ("case", "provider", "rate") for name, *_ in columns]
-    lines = []
-    for line in zip(*columns, strict=True):
-        padded = (text.rjust(n) if end else text.ljust(n) for text, n, end in zip(line, widths, right, strict=True))
-        lines.append(f"| {' | '.join(padded)} |")
-    rule = ("-" * (n - 1) + ":" if end else "-" * n for n, end in zip(widths, right, strict=True))
-    return "\n".join([lines[0], f"| {' | '.join(rule)} |", *lines[1:]])
+    heading, *lines = zip(*columns, strict=True)
+    return markdown_table(heading, lines, right=set(HEAD) - {"case", "provider", "rate"})
 
 
 def origin(data: Mapping[str, Any]) -> str:

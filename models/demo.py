@@ -13,12 +13,14 @@ from torch import Tensor
 
 from models import count_parameters, create_model
 from models.data import collect, load_dataset, save_npz, to_uint8
+from models.markdown import markdown_table
 from models.metrics import Scores, score_samples, train_classifier
 from models.metrics.typical import most_typical, save_typical_grid
-from models.sample import balanced_labels, sample_images
-from models.training.config import TrainConfig, build_config, config_parser, option, require
+from models.options import build_config, command_line, config_parser, option, require
+from models.sampling import balanced_labels, sample_images
+from models.training.config import TrainConfig
 from models.training.loading import load_model
-from models.training.logs import command_line, machine, markdown_table, read_metrics, save_loss_curves
+from models.training.logs import machine, read_metrics, save_loss_curves
 from models.training.trainer import NonFiniteError, Trainer, TrainResult
 
 MODELS = ["DSMoE-digits", "DiT-digits"]

@@ -8,27 +8,24 @@ from torch import nn
 
 from diffmoe_kernels import ExpertChoiceMoE
 from diffmoe_kernels.modules import FeedForward
-from models.dit import DIGITS, DiT, DiTBlock, DiTConfig, dense_mlp
+from models.dit import DIGITS, DiT, MixtureConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffMoEConfig(DiTConfig):
+class DiffMoEConfig(MixtureConfig):
     """A DiT whose MLPs are, in some blocks, mixtures in which each expert chooses among the batch's tokens.
 
-    Attributes:
-        num_experts, capacity_factor: of each mixture; its experts are as wide as the dense MLP.
+    Attributes, beside those of `MixtureConfig`:
+        capacity_factor: of each mixture; its experts are as wide as the dense MLP.
         shared_expert: add an expert of width 8 D that sees every token.
-        interleave: mixtures in odd blocks only, else in all.
         inference, max_capacity_factor: see `ExpertChoiceMoE`.
         capacity_loss_weight: of the capacity predictors' losses.
         capacity_schedule: (a, b) training steps: capacity_factor is num_experts until step a, falls linearly to its own
             value until step b, and stays there; None has no schedule.
     """
 
-    num_experts: int = 16
     capacity_factor: float = 1.0
     shared_expert: bool = False
-    interleave: bool = True
     inference: str = "pool"
     max_capacity_factor: float | None = None
     capacity_loss_weight: float = 1.0
@@ -63,10 +60,8 @@ class DiffMoE(DiT):
     def mixes_samples(self) -> bool:
         return self.config.inference == "pool" or self.config.max_capacity_factor is not None
 
-    def make_block(self, index: int) -> nn.Module:
+    def make_mixture(self) -> nn.Module:
         config = self.config
-        if config.interleave and index % 2 == 0:
-            return DiTBlock(config, dense_mlp(config))
         mixture = ExpertChoiceMoE(
             config.hidden_size,
             int(config.hidden_size * config.mlp_ratio),
@@ -81,7 +76,7 @@ class DiffMoE(DiT):
         if config.shared_expert:  # GELU with biases whatever the routed experts are
             width = 8 * config.hidden_size
             mixture.shared_expert = FeedForward(config.hidden_size, width, activation="gelu_tanh", bias=True)
-        return DiTBlock(config, mixture)
+        return mixture
 
     def set_training_step(self, step: int) -> None:
         """Sets the capacity of a training step, counted from 0. The trainer calls it before each step."""

@@ -61,9 +61,8 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+        check_least(self, 1, *sizes)
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"input_size: expected a multiple of patch_size = {self.patch_size}, got {self.input_size}"
@@ -72,10 +71,32 @@ class DiTConfig:
             raise ValueError(f"hidden_size: expected a multiple of 4, got {self.hidden_size}")
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob: expected a probability in [0, 1), got {self.class_dropout_prob}")
+        if self.hidden_size * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio: expected an MLP of at least one channel, got {self.mlp_ratio}")
 
     @property
     def grid_size(self) -> int:
         return self.input_size // self.patch_size
+
+    def is_moe_block(self, index: int) -> bool:
+        """Whether that block has a mixture of experts in the place of an MLP."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig(DiTConfig):
+    """A DiT whose MLPs are, in some blocks, mixtures of experts.
+
+    Attributes:
+        num_experts: of each mixture.
+        interleave: mixtures in odd blocks only, else in all.
+    """
+
+    num_experts: int = 16
+    interleave: bool = True
+
+    def is_moe_block(self, index: int) -> bool:
+        return index % 2 == 1 or not self.interleave
 
 
 _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -89,6 +110,16 @@ def _check_types(config: DiTConfig) -> None:
             continue
         if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
             raise TypeError(f"{field.name}: expected {field.type}, got {value!r}")
+        # What masks may be lower than every number.
+        if isinstance(value, float) and not math.isfinite(value) and not value == field.default == -math.inf:
+            raise ValueError(f"{field.name}: expected a finite number, got {value}")
+
+
+def check_least(config: DiTConfig, least: int, *names: str) -> None:
+    """Raises ValueError naming the first of these fields that is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: expected {least} or more, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +204,12 @@ class DiT(nn.Module):
         return LabelEmbedder(config.num_classes, config.hidden_size, config.class_dropout_prob)
 
     def make_block(self, index: int) -> nn.Module:
-        return DiTBlock(self.config, dense_mlp(self.config))
+        mixes = self.config.is_moe_block(index)
+        return DiTBlock(self.config, self.make_mixture() if mixes else dense_mlp(self.config))
+
+    def make_mixture(self) -> nn.Module:
+        """The MLP of a block with a mixture of experts; a dense model has none."""
+        raise NotImplementedError
 
     def make_final_layer(self) -> nn.Module:
         config = self.config

@@ -10,20 +10,19 @@ from torch import Tensor, nn
 from diffmoe_kernels import Balance, MoE, MoEAux, RoPEAttention, ops
 from diffmoe_kernels.checks import check_choice
 from diffmoe_kernels.ops.adaln import NORMS
-from models.dit import DIGITS, DiT, DiTConfig
+from models.dit import DIGITS, DiT, MixtureConfig, check_least
 from models.layers import AdaLNModulation, Mlp
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSMoEConfig(DiTConfig):
+class DSMoEConfig(MixtureConfig):
     """A DiT whose MLPs are, in some blocks, DeepSeek-V3's mixture of experts.
 
-    Attributes:
-        num_experts, top_k, moe_intermediate_size: of each MoE layer.
+    Attributes, beside those of `MixtureConfig`:
+        top_k, moe_intermediate_size: of each MoE layer.
         num_groups, top_groups, scaling_factor: of its router.
         shared_expert: add an expert of the same width that sees every token; False (the ablation S0) adds the layer's
             input instead.
-        interleave: MoE in odd blocks only, else in all.
         num_dense_blocks: this many first blocks are dense whatever interleave says.
         rope: "1d" or "2d"; None for a sin-cos position table.
         norm: "layernorm", or "rmsnorm" with a learnable scale.
@@ -32,14 +31,12 @@ class DSMoEConfig(DiTConfig):
         masked_group_fill: 0.0 is the official code's, see `ops.router_topk`.
     """
 
-    num_experts: int = 16
     top_k: int = 2
     moe_intermediate_size: int = 768
     num_groups: int = 1
     top_groups: int = 1
     scaling_factor: float = 2.0
     shared_expert: bool = True
-    interleave: bool = True
     num_dense_blocks: int = 0
     rope: str | None = "2d"
     norm: str = "layernorm"
@@ -52,13 +49,12 @@ class DSMoEConfig(DiTConfig):
         super().__post_init__()
         check_choice("rope", self.rope, ("1d", "2d", None))
         check_choice("norm", self.norm, NORMS)
-        if self.num_dense_blocks < 0:
-            raise ValueError(f"num_dense_blocks: expected 0 or more, got {self.num_dense_blocks}")
+        check_least(self, 0, "num_dense_blocks")
         if self.swiglu:
             raise ValueError("swiglu: expected False, a DSMoE's dense blocks have a SiLU MLP, got True")
 
     def is_moe_block(self, index: int) -> bool:
-        return index >= self.num_dense_blocks and (index % 2 == 1 or not self.interleave)
+        return index >= self.num_dense_blocks and super().is_moe_block(index)
 
 
 class DSMoEBlock(nn.Module):

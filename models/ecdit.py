@@ -8,23 +8,24 @@ from torch import nn
 
 from diffmoe_kernels import ExpertChoiceMoE
 from diffmoe_kernels.modules import FeedForward
-from models.dit import DIGITS, DiT, DiTBlock, DiTConfig, dense_mlp
+from models.dit import DIGITS, DiT, MixtureConfig, check_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class ECDiTConfig(DiTConfig):
+class ECDiTConfig(MixtureConfig):
     """A DiT whose MLPs are, in some blocks, mixtures in which each expert chooses among a sample's tokens.
 
-    Attributes:
-        num_experts, capacity_factor: of each mixture; its experts are as wide as the dense MLP.
+    Attributes, beside those of `MixtureConfig`:
+        capacity_factor: of each mixture; its experts are as wide as the dense MLP.
         num_shared_experts: width over D of a SwiGLU that sees every token; 0 for none.
-        interleave: mixtures in odd blocks only, else in all.
     """
 
-    num_experts: int = 16
     capacity_factor: float = 1.0
     num_shared_experts: int = 0
-    interleave: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "num_shared_experts")
 
 
 class ECDiT(DiT):
@@ -32,10 +33,8 @@ class ECDiT(DiT):
 
     config: ECDiTConfig
 
-    def make_block(self, index: int) -> nn.Module:
+    def make_mixture(self) -> nn.Module:
         config = self.config
-        if config.interleave and index % 2 == 0:
-            return DiTBlock(config, dense_mlp(config))
         mixture = ExpertChoiceMoE(
             config.hidden_size,
             int(config.hidden_size * config.mlp_ratio),
@@ -49,7 +48,7 @@ class ECDiT(DiT):
         )
         if config.num_shared_experts:
             mixture.shared_expert = FeedForward(config.hidden_size, config.hidden_size * config.num_shared_experts)
-        return DiTBlock(config, mixture)
+        return mixture
 
 
 _SMALL = ECDiTConfig(hidden_size=384, depth=12, num_heads=6)

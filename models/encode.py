@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.data.latents import encode_folder
-from models.training.config import build_config, config_parser, option, require
+from models.options import build_config, config_parser, option, require
 from models.training.loading import pick_device
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from models.data import image_shape, iterate_images, load_dataset, load_samples, sample_files
 from models.metrics import FidScores, Scores, fid_scores, load_inception, load_reference, score_samples
-from models.training.config import build_config, config_parser, option, require
+from models.options import build_config, config_parser, option, require
 from models.training.loading import pick_device
 
 

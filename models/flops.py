@@ -63,7 +63,7 @@ def model_flops(config: DiTConfig, batch: int = 1, *, training: bool = False) ->
         prefix = config.num_prefix_tokens(index) if isinstance(config, JiTConfig) else 0
         seen = tokens + batch * prefix
         others += 6 * batch * width * width + _attention(config, batch, seen) + _mlp(config, index, batch, seen)
-        if isinstance(config, DiffMoEConfig) and _is_mixture(config, index):
+        if isinstance(config, DiffMoEConfig) and config.is_moe_block(index):
             first += seen * width * width
             others += seen * width * config.num_experts
     others += 2 * batch * width * width + tokens * width * patch * (2 if config.learn_sigma else 1)
@@ -83,7 +83,7 @@ def _mlp(config: DiTConfig, index: int, batch: int, tokens: int) -> int:
     """Multiply-adds of one block's MLP, or of its router, its experts' rows and its shared expert."""
     width, dense = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
     own = 3 if config.swiglu else 2  # products of the dense MLP, and of experts that are like it
-    if not _is_mixture(config, index):
+    if not config.is_moe_block(index):
         if isinstance(config, JiTConfig):
             return 3 * tokens * width * int(dense * 2 / 3)
         return own * tokens * width * dense
@@ -100,13 +100,6 @@ def _mlp(config: DiTConfig, index: int, batch: int, tokens: int) -> int:
         rows = experts * expert_capacity(tokens, experts, config.capacity_factor)
         computed = own * rows * width * dense + 2 * tokens * width * 8 * width * config.shared_expert
     return computed + tokens * width * experts
-
-
-def _is_mixture(config: DiTConfig, index: int) -> bool:
-    if isinstance(config, DSMoEConfig | JiTConfig):
-        return config.is_moe_block(index)
-    mixes = isinstance(config, DiffMoEConfig | TCDiTConfig | ECDiTConfig)
-    return mixes and (index % 2 == 1 or not config.interleave)
 
 
 def _bounded(choices: int, experts: int, capacity_factor: float | None) -> int:

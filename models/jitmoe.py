@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import MoE, MoEAux, RoPEAttention, ops
 from diffmoe_kernels.modules import FeedForward
-from models.dit import DiT, DiTConfig, ModelAux
+from models.dit import DiT, DiTConfig, ModelAux, check_least
 from models.layers import AdaLNModulation, BottleneckPatchEmbed, FinalLayer, LabelEmbedder, unpatchify
 
 
@@ -50,6 +50,8 @@ class JiTConfig(DiTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_least(self, 0, "num_experts", "num_context_tokens")
+        check_least(self, 1, "bottleneck_size")
         if self.num_context_tokens and not 0 <= self.context_start < self.depth:
             raise ValueError(f"context_start: expected a block, 0 to {self.depth - 1}, got {self.context_start}")
         if self.learn_sigma or self.swiglu or self.head_dim is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from models import CONFIGS, count_parameters, create_model
+from models.markdown import markdown_table
 
 HEADING = (
     "model",
@@ -21,7 +22,7 @@ HEADING = (
 
 def model_table() -> str:
     """Parameters in millions, frozen position tables included; activated is what one token uses."""
-    lines = [HEADING, tuple("---" for _ in HEADING)]
+    rows = []
     for name, config in CONFIGS.items():
         with torch.device("meta"):
             total, activated = count_parameters(create_model(name))
@@ -30,10 +31,9 @@ def model_table() -> str:
             width = getattr(config, "moe_intermediate_size", int(config.hidden_size * config.mlp_ratio))
             used = config.top_k if hasattr(config, "top_k") else f"capacity {config.capacity_factor:g}"
             sizes += [config.num_experts, width, used]
-        lines.append((name, f"{total / 1e6:.2f}", f"{activated / 1e6:.2f}", *map(str, sizes)))
-    widths = [max(len(line[column]) for line in lines if column < len(line)) for column in range(len(HEADING))]
-    padded = [[*line, *[""] * (len(HEADING) - len(line))] for line in lines]
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in padded)
+        row = [name, f"{total / 1e6:.2f}", f"{activated / 1e6:.2f}", *map(str, sizes)]
+        rows.append(row + [""] * (len(HEADING) - len(row)))
+    return markdown_table(HEADING, rows, right=HEADING[1:])
 
 
 if __name__ == "__main__":

@@ -6,204 +6,113 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.data import (
-    check_labels,
-    image_shape,
-    iterate_images,
-    join_npz,
-    load_autoencoder,
-    save_grid,
-    save_npz,
-    to_uint8,
-)
+from models.data import check_labels, image_shape, iterate_images, join_npz, save_grid, save_npz
 from models.data.npz import load_origin
 from models.data.samples import WHOLE, check_request, part_name
-from models.objectives import Method, Objective, ObjectiveName, objective_for
+from models.objectives import Method, ObjectiveName, objective_for
+from models.options import build_config, config_parser, option, require
 from models.precision import Precision, experts_cast_once
-from models.training.config import build_config, config_parser, option, require
+from models.sampling import balanced_labels, check_decodable, sample_batches, to_images
 from models.training.loading import TrainedModel, Weights, load_published, load_trained, pick_device
 
 GRID_COLUMNS, GRID_ROWS = 10, 10  # shown at most
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """All options of `python -m models.sample`.
+class SamplerConfig:
+    """The options of every command that draws images from a checkpoint.
 
     Raises:
         ValueError: a number out of its range, naming the option.
     """
 
-    checkpoint: str = option("runs/train", "run directory, for its newest checkpoint, or a checkpoint file")
-    output: str = option("samples", "directory for grid.png and samples.npz")
-    model: str | None = option(None, "name of the model you expect; a checkpoint of another one is refused")
+    checkpoint: str = option("runs/train", "run directory, or a checkpoint file", alias="ckpt")
+    output: str = option("output", "directory for what is written")
     official: str | None = option(
         None, "YAML file of the official model that --checkpoint is of: its target and params"
     )
     weights: Weights | None = option(None, "moving average, a second one, or last step; the first that is there")
     num_samples: int = option(100, "how many images, as many of each class")
+    classes: list[int] | None = option(None, "labels to sample, all by default", items=int)
+    method: Method | None = option(None, "sampler: euler, heun (two calls a step), dopri5; for ddpm ancestral, ddim")
+    steps: int | None = option(None, "sampler's steps; 50, and 250 for ancestral, by default")
+    objective: ObjectiveName | None = option(None, "of an official model: ddpm where it was trained with that")
+    objective_options: dict[str, Any] = option({}, "settings of the objective to change, such as '{noise_scale: 2.0}'")
+    cfg_scale: float = option(1.5, "guidance towards the class, 1 for none")
+    seed: int = option(0, "seed of the noise")
+    batch_size: int = option(256, "images at a time; DiffMoE's official rule chooses among them", alias="batch")
+    precision: Precision = option("float32", "bfloat16 runs the model under autocast, with the experts cast once")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "steps", "batch_size"):
+            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        require(self, "seed", -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
+        require(self, "cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
+        fine = self.objective is None or self.official is not None
+        require(self, "objective", fine, "left out without --official, a run has its own")
+
+    def load(self, name: str | None = None) -> TrainedModel:
+        """The model that the options name, on its device, and its objective.
+
+        Args:
+            name: the model's, where a checkpoint of any other shall be refused.
+
+        Raises:
+            OSError, ValueError: no usable checkpoint.
+        """
+        device, options = pick_device(self.device), self.objective_options
+        if self.official is None:
+            weights = self.weights or "ema"
+            return load_trained(self.checkpoint, weights=weights, name=name, objective_options=options, device=device)
+        model = load_published(self.checkpoint, Path(self.official), weights=self.weights)
+        return TrainedModel(model.to(device), objective_for(model, self.objective or "auto", **options), None)
+
+    def draw(self, trained: TrainedModel, labels: Tensor, *, first: int = 0, **changes: Any) -> Iterator[Tensor]:
+        """`sample_batches` of a model by these options, but for `changes`."""
+        options: dict[str, Any] = {
+            "objective": trained.objective,
+            "seed": self.seed,
+            "steps": self.steps,
+            "method": self.method,
+            "cfg_scale": self.cfg_scale,
+            "batch_size": self.batch_size,
+            "precision": self.precision,
+        }
+        return sample_batches(trained.model, labels, first=first, **{**options, **changes})
+
+
+@dataclass(frozen=True)
+class SampleConfig(SamplerConfig):
+    """All options of `python -m models.sample`; see `SamplerConfig`."""
+
+    output: str = option("samples", "directory for grid.png and samples.npz")
+    model: str | None = option(None, "name of the model you expect; a checkpoint of another one is refused")
     first: int = option(0, "number of the first image, where this call draws a part of a larger run: of several GPUs")
     part_size: int | None = option(
         None,
         "images per file (a multiple of --batch-size is best); a call that was stopped goes on after the last file",
     )
     join: str | None = option(None, "with --part-size: .npz to write all files into, as the ADM evaluator takes it")
-    classes: list[int] | None = option(None, "labels to sample, all by default", items=int)
-    unconditional: bool = option(False, "sample without a class, for models trained with label dropout")
-    method: Method | None = option(None, "sampler: euler, heun (two calls a step), dopri5; for ddpm ancestral, ddim")
-    steps: int | None = option(None, "sampler's steps; 50, and 250 for ancestral, by default")
-    objective: ObjectiveName | None = option(None, "of an official model: ddpm where it was trained with that")
-    objective_options: dict[str, Any] = option({}, "settings of the objective to change, such as '{noise_scale: 2.0}'")
-    cfg_scale: float = option(1.5, "guidance towards the class, 1 for none; without effect on --unconditional")
-    seed: int = option(0, "seed of the noise")
-    batch_size: int = option(256, "images at a time: a matter of speed and memory", alias="batch")
-    precision: Precision = option("float32", "bfloat16 runs the model under autocast, with the experts cast once")
+    unconditional: bool = option(False, "sample without a class, for models trained with label dropout, and unguided")
     autoencoder: str | None = option(None, "decoder of latents, where not the one that the model was trained with")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "part_size", "steps", "batch_size"):
-            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        super().__post_init__()
+        require(self, "part_size", self.part_size is None or self.part_size >= 1, "at least 1")
         require(self, "first", self.first >= 0, "at least 0")
-        require(self, "seed", -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
-        require(self, "cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
         fine = self.join is None or self.part_size is not None
         require(self, "join", fine, "left out without --part-size, since all is in one file already")
-        fine = self.objective is None or self.official is not None
-        require(self, "objective", fine, "left out without --official, a run has its own")
         fine = self.model is None or self.official is None
         require(self, "model", fine, "left out with --official")
         require(self, "classes", self.classes is None or not self.unconditional, "left out with --unconditional")
-
-
-def balanced_labels(num_samples: int, classes: Sequence[int]) -> Tensor:
-    """(num_samples,) int64 running through `classes` again and again, so that each comes as often, to within one."""
-    return torch.tensor(classes, dtype=torch.int64).repeat(-(-num_samples // len(classes)))[:num_samples]
-
-
-def sample_images(
-    model: nn.Module,
-    labels: Tensor,
-    *,
-    objective: Objective | None = None,
-    seed: int = 0,
-    steps: int | None = None,
-    method: Method | None = None,
-    cfg_scale: float = 1.0,
-    batch_size: int = 256,
-    precision: Precision = "float32",
-    first: int = 0,
-) -> Tensor:
-    """Images of the given labels; all noise of image i depends on `seed` and i alone.
-
-    Neither `batch_size` nor the device changes that noise, and torch's global generators are left as they are.
-
-    Args:
-        model: in evaluation mode.
-        labels: (N,) int64 in [0, model.num_classes), or model.null_label.
-        objective: that the model was trained with; by default the one of its family.
-        steps, method, cfg_scale: see `Objective.sample`.
-        precision: "bfloat16" runs the model under autocast; the sampler's own arithmetic is float32.
-        first: i of the first label, for a part of a larger run.
-
-    Returns:
-        (N, C, H, W) float32 on the CPU, about [-1, 1], not clipped; latents of a latent model.
-
-    Raises:
-        TypeError, ValueError: as `Objective.sample` does.
-    """
-    batches = sample_batches(model, labels, objective, seed, steps, method, cfg_scale, batch_size, precision, first)
-    with experts_cast_once(model, precision):
-        return torch.cat([batch.cpu() for batch in batches])
-
-
-def sample_batches(
-    model: nn.Module,
-    labels: Tensor,
-    objective: Objective | None,
-    seed: int,
-    steps: int | None,
-    method: Method | None,
-    cfg_scale: float,
-    batch_size: int,
-    precision: Precision,
-    first: int = 0,
-) -> Iterator[Tensor]:
-    """What `sample_images` returns, `batch_size` images at a time, on the model's device.
-
-    In "bfloat16" each call of the model casts the experts' weights, unless the caller holds `experts_cast_once`.
-    """
-    if batch_size < 1 or len(labels) < 1:
-        raise ValueError(f"batch_size and labels: expected at least 1 of each, got {batch_size} and {len(labels)}")
-    objective = objective_for(model) if objective is None else objective
-    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
-    skipped = torch.empty(model.in_channels, model.input_size, model.input_size)
-    for _ in range(first):
-        skipped.normal_(generator=generator)
-    for start in range(0, len(labels), batch_size):
-        part = labels[start : start + batch_size]
-        noise = torch.empty(len(part), model.in_channels, model.input_size, model.input_size)
-        for image in noise:
-            image.normal_(generator=generator)
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
-            samples = objective.sample(
-                model,
-                noise.to(device),
-                part.to(device),
-                steps=steps,
-                method=method,
-                cfg_scale=cfg_scale,
-                step_noise=_StepNoise(seed, first + start, noise),
-            )
-        yield samples
-
-
-class _StepNoise:
-    """The noise that a sampler adds on its way: each image has a generator of its own."""
-
-    def __init__(self, seed: int, first: int, like: Tensor) -> None:
-        seeds = [np.random.SeedSequence([seed % 2**64, first + i]) for i in range(len(like))]
-        self.generators = [torch.Generator().manual_seed(int(s.generate_state(1, np.uint64)[0])) for s in seeds]
-        self.shape = like.shape[1:]
-
-    def __call__(self) -> Tensor:
-        """(N, C, H, W) standard normal."""
-        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
-
-
-def to_images(samples: Tensor, autoencoder: str | None) -> Tensor:
-    """Samples, or latents by the autoencoder of that path or hub name, to uint8 (N, H, W, C) on the CPU."""
-    return to_uint8(samples if autoencoder is None else load_autoencoder(autoencoder).decode(samples)).cpu()
-
-
-def check_decodable(model: nn.Module, autoencoder: str | None) -> None:
-    """Refuse, before anything is sampled, a model whose samples that autoencoder does not make images of.
-
-    Raises:
-        ValueError: latents without an autoencoder, or of other channels than its; no such autoencoder.
-        ImportError: diffusers is not installed.
-    """
-    channels = model.in_channels
-    if autoencoder is None:
-        if channels not in (1, 3):
-            raise ValueError(
-                f"the model makes latents of {channels} channels, which need a decoder: pass --autoencoder, such as "
-                "stabilityai/sd-vae-ft-ema"
-            )
-    elif load_autoencoder(autoencoder).channels != channels:
-        raise ValueError(
-            f"autoencoder {autoencoder!r} has latents of {load_autoencoder(autoencoder).channels} channels, "
-            f"but the model makes {channels}: pass the one that the model was trained with"
-        )
 
 
 def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
@@ -216,8 +125,7 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
         TypeError, ValueError: no usable checkpoint, labels out of range, or a request that the model can't meet; a part
             that is there, but was sampled otherwise.
     """
-    device = pick_device(config.device)
-    trained = _load(config, device)
+    trained = config.load(config.model)
     model, decoder = trained.model, config.autoencoder or trained.autoencoder
     check_decodable(model, decoder)
     _check_parts(config, model)
@@ -244,18 +152,7 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
             if config.part_size is not None and archive.exists():
                 _check_part(archive, len(part), request)
                 continue
-            batches = sample_batches(
-                model,
-                part,
-                trained.objective,
-                config.seed,
-                config.steps,
-                config.method,
-                cfg_scale,
-                config.batch_size,
-                config.precision,
-                start,
-            )
+            batches = config.draw(trained, part, first=start, cfg_scale=cfg_scale)
             images = torch.cat([to_images(batch, decoder) for batch in batches])
             origin = {"first": start, "request": request} if in_parts else None
             save_npz(archive, images, None if config.unconditional else part, origin=origin)
@@ -315,20 +212,6 @@ def _save_grid(path: Path, archive: Path, labels: Tensor, classes: list[int]) ->
     headings = [str(label) for label in labels[:columns].tolist()] if columns == len(classes) else []
     rows = min(len(images) // columns, GRID_ROWS)
     save_grid(path, images[: rows * columns], columns, column_labels=headings)
-
-
-def _load(config: SampleConfig, device: torch.device) -> TrainedModel:
-    options = config.objective_options
-    if config.official is None:
-        return load_trained(
-            config.checkpoint,
-            weights=config.weights or "ema",
-            name=config.model,
-            objective_options=options,
-            device=device,
-        )
-    model = load_published(config.checkpoint, Path(config.official), weights=config.weights)
-    return TrainedModel(model.to(device), objective_for(model, config.objective or "auto", **options), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,26 +8,27 @@ from torch import nn
 
 from diffmoe_kernels import Balance, MoE
 from diffmoe_kernels.modules import FeedForward
-from models.dit import DIGITS, DiT, DiTBlock, DiTConfig, dense_mlp
+from models.dit import DIGITS, DiT, MixtureConfig, check_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class TCDiTConfig(DiTConfig):
+class TCDiTConfig(MixtureConfig):
     """A DiT whose MLPs are, in some blocks, token-choice mixtures with a balance loss.
 
-    Attributes:
-        num_experts, top_k: of each mixture; its experts are as wide as the dense MLP, and the softmax weights are not
+    Attributes, beside those of `MixtureConfig`:
+        top_k: of each mixture; its experts are as wide as the dense MLP, and the softmax weights are not
             normalised over a token's experts.
         num_shared_experts: width over D of a SwiGLU that sees every token; 0 for none.
-        interleave: mixtures in odd blocks only, else in all.
         balance_loss_weight: of each mixture's balance loss.
     """
 
-    num_experts: int = 16
     top_k: int = 1
     num_shared_experts: int = 0
-    interleave: bool = True
     balance_loss_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "num_shared_experts")
 
 
 class TCDiT(DiT):
@@ -35,10 +36,8 @@ class TCDiT(DiT):
 
     config: TCDiTConfig
 
-    def make_block(self, index: int) -> nn.Module:
+    def make_mixture(self) -> nn.Module:
         config = self.config
-        if config.interleave and index % 2 == 0:
-            return DiTBlock(config, dense_mlp(config))
         mixture = MoE(
             config.hidden_size,
             int(config.hidden_size * config.mlp_ratio),
@@ -53,7 +52,7 @@ class TCDiT(DiT):
         )
         if config.num_shared_experts:
             mixture.shared_expert = FeedForward(config.hidden_size, config.hidden_size * config.num_shared_experts)
-        return DiTBlock(config, mixture)
+        return mixture
 
 
 _SMALL = TCDiTConfig(hidden_size=384, depth=12, num_heads=6)

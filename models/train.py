@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.training.config import TrainConfig, build_config, config_parser, read_yaml
+from models.options import build_config, config_parser, read_yaml
+from models.training.config import TrainConfig
 from models.training.trainer import CONFIG_FILE, NonFiniteError, Trainer
 
 DESCRIPTION = """Train a diffusion transformer, in a run directory of its own. Ctrl-C stops it with

@@ -123,13 +123,18 @@ def test_every_product_searches(searching, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("generation", [80, 90, 100])
 @pytest.mark.parametrize("paired", [False, True])
-def test_candidates_hold_the_defaults(monkeypatch, generation, paired):
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float32, "tf32")])
+def test_candidates_hold_the_defaults(monkeypatch, generation, paired, dtype, precision):
     """The search can come back with the hand-picked tiles of training, and tries both kinds of loads where it can."""
     monkeypatch.setattr(tiles, "chip_generation", lambda: generation)
-    tried = list(tiles.candidates(torch.bfloat16, paired=paired))
+    monkeypatch.setattr(tiles, "input_precision", lambda _: precision)
+    tried = list(tiles.candidates(dtype, paired=paired))
     assert len(tried) == len(set(tried)) and 10 < len(tried) < 80
     assert {tile.descriptors for tile in tried} == ({False, True} if generation >= 90 else {False})
-    assert tiles.pick_tile(65536, 16, 1024, 1024, torch.bfloat16, paired=paired) in tried
+    assert tiles.pick_tile(65536, 16, 1024, 1024, dtype, paired=paired) in tried
+
+
+def test_candidates_without_tensor_cores():
     assert len(list(tiles.candidates(torch.float32))) >= 3
 
 

@@ -236,7 +236,8 @@ def results() -> dict:
 
 def table(data: dict) -> dict[str, list[str]]:
     """The printed table: work -> the other cells."""
-    rows = [line.strip("| ").split(" | ") for line in goals.report(data).splitlines() if line.startswith("| ")]
+    lines = [line for line in goals.report(data).splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
     return {cells[0]: cells[1:] for cells in rows}
 
 

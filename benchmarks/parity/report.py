@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.parity.scoring import Score
 from benchmarks.parity.statistics import Comparison, compare, spread
-from models.training.logs import markdown_table
+from models.markdown import markdown_table
 
 # FID-50K, see NOTES_OF_FID.
 PUBLISHED = {

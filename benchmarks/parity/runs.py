@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from models.options import read_yaml
 from models.sample import SampleConfig, sample_to_files
-from models.training.config import TrainConfig, read_yaml
+from models.training.config import TrainConfig
 from models.training.interrupt import StopOnSignal
 from models.training.logs import read_metrics
 from models.training.trainer import CONFIG_FILE, Trainer

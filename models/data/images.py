@@ -1,6 +1,6 @@
 """Images between a model's [-1, 1] floats, uint8 and PNG grids."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -63,7 +63,7 @@ def save_grid(
         images: uint8 (N, H, W, C), C being 1 or 3, as `to_uint8` gives them; N a multiple of `columns`.
         columns: images per row.
         row_labels: one text per row, left of it; none leaves no margin.
-        column_labels: one text per column, above it; none leaves no margin.
+        column_labels: one text per column, above it and cut to its width; none leaves no margin.
 
     Raises:
         TypeError: `images` is not a uint8 tensor.
@@ -94,10 +94,16 @@ def save_grid(
         tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
         canvas.paste(tile, (xs[index % columns], ys[index // columns]))
     for x, text in zip(xs, column_labels, strict=False):
-        draw.text((x + width / 2, gap), text, fill="black", font=font, anchor="mt")
+        draw.text((x + width / 2, gap), _cut(text, width, font.getlength), fill="black", font=font, anchor="mt")
     for y, text in zip(ys, row_labels, strict=False):
         draw.text((gap, y + height / 2), text, fill="black", font=font, anchor="lm")
     canvas.save(path, format="PNG")
+
+
+def _cut(text: str, width: int, length: Callable[[str], float]) -> str:
+    """The text, or as much of its beginning as is no longer than `width` with an ellipsis."""
+    cuts = (f"{text[:end].rstrip()}..." for end in range(len(text) - 1, 0, -1))
+    return text if length(text) <= width else next((cut for cut in cuts if length(cut) <= width), text[:1])
 
 
 def check_uint8(images: Tensor) -> None:

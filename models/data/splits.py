@@ -57,7 +57,7 @@ def check_labels(labels: Tensor, num_classes: int, *, wait: bool = True) -> None
     Args:
         labels: (N,) integer tensor, N at least 1.
         num_classes: number of classes; the largest valid label is one less.
-        wait: for the values of labels on a GPU; without it see `require`.
+        wait: for the values of labels on a GPU; without it see `check_values`.
 
     Raises:
         TypeError: `labels` is not a tensor of integers.
@@ -70,7 +70,7 @@ def check_labels(labels: Tensor, num_classes: int, *, wait: bool = True) -> None
     if labels.ndim != 1 or labels.numel() == 0:
         raise ValueError(f"labels must be 1-d with at least one entry, got shape {tuple(labels.shape)}")
     inside = (labels >= 0) & (labels < num_classes)
-    require(
+    check_values(
         inside.cpu() if wait else inside,
         f"labels must be in [0, {num_classes - 1}] for {num_classes} classes",
         lambda outside: (
@@ -79,7 +79,7 @@ def check_labels(labels: Tensor, num_classes: int, *, wait: bool = True) -> None
     )
 
 
-def require(holds: Tensor, rule: str, found: Callable[[Tensor], str]) -> None:
+def check_values(holds: Tensor, rule: str, found: Callable[[Tensor], str]) -> None:
     """Refuses values that break a rule, without a wait for the GPU that they may be on.
 
     Args:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.data.splits import require
+from models.data.splits import check_values
 from models.objectives.base import Objective, Predict, check_numbers, check_settings
 
 NUM_STEPS = 1000
@@ -70,7 +70,7 @@ class DDPM(Objective):
             raise TypeError(
                 f"t must be integers (torch.int64), got {t.dtype}: DDPM times are step numbers, not fractions of a path"
             )
-        require(
+        check_values(
             (t >= 0) & (t < NUM_STEPS),
             f"t must be in [0, {NUM_STEPS - 1}] (0 is nearly data)",
             lambda outside: f"{t[outside][:5].tolist()}: pass step numbers",

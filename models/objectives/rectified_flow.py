@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.checks import at_least_float32
-from models.data.splits import require
+from models.data.splits import check_values
 from models.objectives.base import Objective, Predict, check_numbers, check_settings
 
 
@@ -51,7 +51,7 @@ class RectifiedFlow(Objective):
     def check_times(self, t: Tensor) -> None:
         if not t.is_floating_point():
             raise TypeError(f"t must be float, got {t.dtype}: flow times lie in [0, 1], they are not step numbers")
-        require(
+        check_values(
             (t >= 0) & (t <= 1),
             "t must be in [0, 1] (0 is noise, 1 is data)",
             lambda outside: (

@@ -12,8 +12,8 @@ from models import create_model
 from models.checkpoint import build_official, load_official
 from models.data import DataSplits
 from models.objectives import Objective, objective_for
+from models.options import read_yaml
 from models.training.checkpoints import CheckpointError, load_checkpoint, load_newest
-from models.training.config import read_yaml
 
 Weights = Literal["ema", "ema2", "model"]
 

@@ -1,17 +1,15 @@
-"""What runs leave to read: `metrics.jsonl`, TensorBoard scalars, loss curves, tables, and what they came from."""
+"""What runs leave to read: `metrics.jsonl`, TensorBoard scalars, loss curves, and what they came from."""
 
-import dataclasses
 import datetime
 import json
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.files import write_atomically
-from models.training.config import flag
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -111,35 +109,6 @@ def save_seed_curves(path: Path, panels: Mapping[str, Mapping[str, Sequence[list
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path)
-
-
-def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned.
-
-    Raises:
-        ValueError: a row of another length than the heading.
-    """
-    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
-    lines = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in [heading, *rows]]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def command_line(module: str, config: Any, leave_out: Collection[str] = ()) -> str:
-    """The command that gives `config`, a dataclass of options without dictionaries, where it differs from its defaults.
-
-    Args:
-        module: as in `python -m`.
-        leave_out: names of options that do not change the results.
-    """
-    words = [f"python -m {module}"]
-    for spec in dataclasses.fields(config):
-        value = getattr(config, spec.name)
-        if value != spec.default and spec.name not in leave_out:
-            name = f"--{'no-' if value is False else ''}{flag(spec.name)}"
-            values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-            words += [name, *map(str, values)]
-    return " ".join(words)
 
 
 def machine(device: torch.device) -> str:

@@ -22,7 +22,8 @@ from models import create_model
 from models.data import check_labels, load_dataset, save_grid
 from models.files import write_atomically
 from models.objectives import objective_for
-from models.sample import balanced_labels, check_decodable, sample_images, to_images
+from models.options import read_yaml, to_yaml
+from models.sampling import balanced_labels, check_decodable, sample_images, to_images
 from models.training.batches import ShuffledBatches
 from models.training.checkpoints import (
     checkpoint_path,
@@ -30,7 +31,7 @@ from models.training.checkpoints import (
     load_newest,
     save_checkpoint,
 )
-from models.training.config import TrainConfig, read_yaml, to_yaml
+from models.training.config import TrainConfig
 from models.training.interrupt import StopOnSignal
 from models.training.loading import check_model_config, load_weights, model_overrides, pick_device
 from models.training.logs import RunLog, read_metrics, save_loss_curves

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from models.checkpoint import build_official, load_official, official_state_dict
-from models.sample import balanced_labels, main, sample_images
+from models.sample import main
+from models.sampling import balanced_labels, sample_images
 from tests.golden.test_models import MODELS, TARGETS
 from tests.golden.vectors import Case, load_case
 

@@ -37,6 +37,14 @@ def triton_first(monkeypatch):
                 monkeypatch.setattr(module, name, {**first, **{k: v for k, v in table.items() if k != "triton"}})
 
 
+@pytest.mark.parametrize("name", ["rf_dsmoe_train", "rf_diffmoe_train"])
+def test_rectified_flow_sampling(name) -> None:  # noqa: F811
+    """By Euler alone: no method of sampling calls other kernels."""
+    from tests.golden.test_models import test_rectified_flow_sampling as run
+
+    run(name, "euler")
+
+
 def test_the_kernels_are_called() -> None:
     from tests.golden.test_models import test_outputs_and_gradients as run
 

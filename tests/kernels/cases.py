@@ -74,10 +74,19 @@ def launch_experts(shape: tuple, dtype: torch.dtype, backward: bool, bias: bool)
         sum_rows(x, offsets, gates=gates, **master)
 
 
+def launch_experts_in_tf32(shape: tuple, bias: bool) -> None:
+    """As where torch's setting allows float32 products in TF32."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        launch_experts(shape, torch.float32, True, bias)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def launch_transposed(num_rows: int) -> None:
     """Products whose operands have the rows side by side in memory, as `grouped_gemm` may be given them."""
     across, offsets = meta(256, num_rows, dtype=torch.bfloat16).mT, meta(4)
-    multiply_rows(across, meta(4, 192, 256, dtype=torch.bfloat16).mT, offsets)
+    multiply_rows(across, meta(4, 192, 256, dtype=torch.bfloat16).mT, offsets, clears_rest=True)
     weight_grad(across, across, offsets, dtype=torch.bfloat16)
 
 
@@ -194,6 +203,8 @@ for name, shape in SHAPES.items():
 for name in ("256 experts", "one expert", "one token"):
     CASES[f"experts {name} float32"] = partial(launch_experts, SHAPES[name], FLOAT32, True, True), FLOAT32
     CASES[f"experts {name} float32, plain"] = partial(launch_experts, SHAPES[name], FLOAT32, False, False), FLOAT32
+for name in ("DSMoE-L-E16", "DSMoE-S-E48", "DiffMoE-L-E8", "one token"):
+    CASES[f"experts {name} TF32"] = partial(launch_experts_in_tf32, SHAPES[name], name.startswith("DiffMoE")), FLOAT32
 for num_rows in (1024, 4096):
     CASES[f"transposed, {num_rows} rows"] = partial(launch_transposed, num_rows), BFLOAT16
 for dtype in (FLOAT16, FLOAT32):

@@ -6,6 +6,7 @@ Sizes small enough to run, and large enough for the tiles and all stages of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -125,6 +126,15 @@ def experts(
     return {name: error(one, wanted[name]) for name, one in found.items()}
 
 
+def in_tf32(case: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """As where torch's setting allows float32 products in TF32."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        return case()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 MANY, FEW = (170, 0, 190, 1, 319), (20, 0, 1, 40, 9)  # rows of the groups, by which the tiles are picked
 CASES = {
     # N, H, Hkv, d, prefix tokens, rotation, norm
@@ -140,6 +150,7 @@ CASES = {
     "experts with biases": partial(experts, 300, 320, 256, MANY, "gelu_tanh", True, BFLOAT16),
     "experts with biases, few rows": partial(experts, 50, 264, 72, FEW, "silu", True, FLOAT16),
     "experts, unaligned": partial(experts, 50, 76, 36, FEW, "swiglu", True, BFLOAT16),
+    "experts in TF32": partial(in_tf32, partial(experts, 200, 160, 72, (150, 1, 250), "swiglu", True, FLOAT32)),
 }
 
 if __name__ == "__main__":

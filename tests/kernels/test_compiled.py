@@ -43,6 +43,11 @@ def compiled() -> dict[int, list[dict]]:
         return dict(zip(CAPABILITIES, pool.map(compile_for, CAPABILITIES), strict=True))
 
 
+def is_ieee_float32(row: dict) -> bool:
+    """Whether a kernel's products are those that no tensor core computes."""
+    return row["dtype"] == "float32" and "TF32" not in row["case"]
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_nothing_spills_and_everything_fits(compiled, capability):
     kernels = {row["kernel"] for row in compiled[capability]}
@@ -53,10 +58,10 @@ def test_nothing_spills_and_everything_fits(compiled, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_16_bit_products_run_on_the_tensor_cores(compiled, capability):
+def test_products_run_on_the_tensor_cores(compiled, capability):
     kernels = (*MATRIX_PRODUCTS, *ATTENTION)
-    products = [row for row in compiled[capability] if row["kernel"] in kernels and row["dtype"] != "float32"]
-    assert len(products) > 40
+    products = [row for row in compiled[capability] if row["kernel"] in kernels and not is_ieee_float32(row)]
+    assert len(products) > 60
     for row in products:
         if capability == 90 and row["case"].startswith("attention wide") and row["kernel"] == "_key_backward_kernel":
             continue  # its blocks of 32 keys are too small for a group of warps: it has the older instructions
@@ -99,13 +104,15 @@ def test_operands_are_read_16_bytes_at_a_time(compiled, capability):
     for row in rows:
         if "narrow" in row["case"] and row["kernel"] in ATTENTION:
             continue  # heads of 16 channels: too few numbers in a block
+        if capability >= 90 and "TF32" in row["case"] and row["kernel"] == "_weight_grad_kernel":
+            continue  # such a product wants both factors with the rows side by side: they are turned on their way
         assert row["widest_load"] == 128 or row["bulk_copies"], row
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_products_fetch_ahead(compiled, capability):
     """While a tile is multiplied the next ones are under way, in the loops with a gather too."""
-    products = [row for row in compiled[capability] if row["kernel"] in MATRIX_PRODUCTS and row["dtype"] != "float32"]
+    products = [row for row in compiled[capability] if row["kernel"] in MATRIX_PRODUCTS and not is_ieee_float32(row)]
     for row in products:
         by_engine = capability >= 90 and row["kernel"] != "_weight_grad_kernel"
         assert bool(row["bulk_copies"]) == by_engine, row

@@ -27,7 +27,7 @@ ATTENTION = (
     *("attention", "attention, float16, part of a block", "attention with prefix and norm", "attention of 72 channels"),
     *("attention of many tokens", "attention of grouped heads", "attention of 128 channels"),
 )
-EXPERTS = ("experts", "experts with biases", "experts with biases, few rows", "experts, unaligned")
+EXPERTS = ("experts", "experts with biases", "experts with biases, few rows", "experts, unaligned", "experts in TF32")
 
 
 def is_known(fault: str) -> bool:
@@ -49,8 +49,11 @@ def test_right_and_without_a_race(capability, names):
         for launch in row["launches"]:
             assert not [fault for fault in launch["faults"] if not is_known(fault)], (name, launch["kernel"])
         coarse = 7e-4 if "float16" in name or "few rows" in name else 6e-3  # bfloat16
+        fine = 5e-7
+        if "TF32" in name:  # its factors have 10 bits behind the point, whatever becomes of the product
+            coarse = fine = 1e-3
         for result, error in row["errors"].items():
-            assert error < (5e-7 if result in SINGLE else coarse), (name, result, error)
+            assert error < (fine if result in SINGLE else coarse), (name, result, error)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from models.training.config import TrainConfig, flag
+from models.options import flag
+from models.training.config import TrainConfig
 
 # "bias": router buffers that change, so that they must be averaged, saved and restored.
 TINY = {"hidden_size": 16, "depth": 2, "num_heads": 2, "num_experts": 4, "moe_intermediate_size": 8, "balance": "bias"}

@@ -20,7 +20,7 @@ from models.data import (
     save_npz,
     to_uint8,
 )
-from models.data.splits import require
+from models.data.splits import check_values
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +263,17 @@ def test_grid_labels_stand_left_and_above(tmp_path):
     assert (labelled[:top, left:] < 128).any() and (labelled[top:, :left] < 128).any()
 
 
+def test_long_names_of_columns_do_not_overlap(tmp_path):
+    from PIL import Image
+
+    names = ["n01440764 tench, Tinca tinca", "n01443537 goldfish", "W" * 40]
+    save_grid(tmp_path / "grid.png", random_uint8(3), 3, column_labels=names)
+    heading = np.asarray(Image.open(tmp_path / "grid.png"))[: 16 + 8]
+    for column in range(3):
+        assert (heading[:, 72 * column : 72 * column + 8] == 255).all()
+        assert (heading[:, 72 * column + 8 : 72 * column + 72] < 128).any()
+
+
 @pytest.mark.parametrize(
     ("count", "columns", "labels", "message"),
     [
@@ -289,5 +300,5 @@ class OnAGPU:
 def test_values_on_a_gpu_are_left_to_the_device(monkeypatch):
     asserted = []
     monkeypatch.setattr(torch, "_assert_async", lambda *args: asserted.append(args))
-    require(OnAGPU(), "labels must be in [0, 9]", lambda outside: "read on the host")
+    check_values(OnAGPU(), "labels must be in [0, 9]", lambda outside: "read on the host")
     assert asserted == [("all of them", "labels must be in [0, 9]")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -236,12 +237,20 @@ def test_activation_checkpointing_changes_nothing(name) -> None:
         ("resnet50", {}, ValueError, "unknown model 'resnet50'"),
         ("DiT-S/2", {"num_class": 10}, TypeError, "no configuration field 'num_class'"),
         ("DiT-S/2", {"input_size": 31}, ValueError, "input_size: expected a multiple of patch_size = 2, got 31"),
-        ("DiT-S/2", {"input_size": 0}, ValueError, "input_size: expected at least 1, got 0"),
-        ("DiT-S/2", {"patch_size": 0}, ValueError, "patch_size: expected at least 1, got 0"),
-        ("DiT-S/2", {"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
+        ("DiT-S/2", {"input_size": 0}, ValueError, "input_size: expected 1 or more, got 0"),
+        ("DiT-S/2", {"patch_size": 0}, ValueError, "patch_size: expected 1 or more, got 0"),
+        ("DiT-S/2", {"num_classes": 0}, ValueError, "num_classes: expected 1 or more, got 0"),
         ("DSMoE-S-E16", {"num_dense_blocks": -1}, ValueError, "num_dense_blocks: expected 0 or more, got -1"),
         ("DSMoE-S-E16", {"swiglu": True}, ValueError, "swiglu: expected False"),
         ("DSMoE-S-E16", {"balance": {}}, ValueError, "balance: expected None, 'bias', 'loss' or a Balance, got {}"),
+        ("DSMoE-S-E16", {"scaling_factor": math.nan}, ValueError, "scaling_factor: expected a finite number, got nan"),
+        ("DSMoE-S-E16", {"masked_group_fill": math.inf}, ValueError, "masked_group_fill: expected a finite number"),
+        ("DSMoE-S-E16", {"mlp_ratio": 0.0}, ValueError, "mlp_ratio: expected an MLP of at least one channel, got 0.0"),
+        ("DSMoE-S-E16", {"mlp_ratio": math.inf}, ValueError, "mlp_ratio: expected a finite number, got inf"),
+        ("TC-DiT-S-E16", {"num_shared_experts": -1}, ValueError, "num_shared_experts: expected 0 or more, got -1"),
+        ("EC-DiT-S-E16", {"num_shared_experts": -1}, ValueError, "num_shared_experts: expected 0 or more, got -1"),
+        ("JiT-B/16", {"num_experts": -1}, ValueError, "num_experts: expected 0 or more, got -1"),
+        ("JiT-B/16", {"bottleneck_size": 0}, ValueError, "bottleneck_size: expected 1 or more, got 0"),
         ("JiT-B/16", {"context_start": 12}, ValueError, "context_start: expected a block, 0 to 11, got 12"),
         ("JiT-B/16", {"learn_sigma": True}, ValueError, "JiT has none of these"),
         ("DiT-S/2", {"num_heads": 7}, ValueError, "num_heads: expected a divisor of hidden_size = 384, got 7"),

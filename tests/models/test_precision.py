@@ -11,7 +11,7 @@ from diffmoe_kernels.testing import relative_error
 from diffmoe_kernels.triton_support import HAS_TRITON
 from models import create_model
 from models.precision import experts_cast_once
-from models.sample import sample_batches, sample_images
+from models.sampling import sample_batches, sample_images
 
 LABELS = torch.tensor([0, 1])
 
@@ -74,7 +74,7 @@ def test_masters_come_back_after_an_error():
 
 def test_whoever_stops_early_leaves_the_model_as_it_was():
     model = model_of("DSMoE-digits")
-    batches = sample_batches(model, LABELS, None, 0, 1, None, 1.0, batch_size=1, precision="bfloat16")
+    batches = sample_batches(model, LABELS, steps=1, batch_size=1, precision="bfloat16")
     first = next(batches)
     assert {one.dtype for one in model.parameters()} == {torch.float32}
     assert torch.equal(first, sample_images(model, LABELS[:1], steps=1, precision="bfloat16"))

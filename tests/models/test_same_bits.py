@@ -6,7 +6,7 @@ import torch
 from diffmoe_kernels import ExpertChoiceMoE, MoE
 from models import create_model
 from models.objectives import objective_for
-from models.sample import balanced_labels, sample_images
+from models.sampling import balanced_labels, sample_images
 from tests.models.helpers import randomize
 
 FAMILIES = ["DiT", "DSMoE", "DiffMoE", "JiT", "JiTMoE", "TC-DiT", "EC-DiT"]

@@ -9,7 +9,8 @@ import torch
 from models import create_model
 from models.data import iterate_images, load_samples, sample_files
 from models.metrics import fid_scores, reference_statistics
-from models.sample import balanced_labels, main, sample_images
+from models.sample import main
+from models.sampling import balanced_labels, sample_images
 from models.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from models.training.loading import load_model
 from models.training.trainer import Trainer

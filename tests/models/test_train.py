@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from models.options import flag, to_yaml
 from models.train import main, parse
 from models.training.batches import ShuffledBatches
 from models.training.checkpoints import list_checkpoints
-from models.training.config import TrainConfig, flag, to_yaml
+from models.training.config import TrainConfig
 from models.training.logs import read_metrics
 from models.training.trainer import Trainer
 from tests.models.runs import command_line, one_thread, tiny

@@ -24,6 +24,7 @@ from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TF32 = torch.float32, "tf32"  # dtype and precision of a product
 # Depth and columns fill no tile; groups of 0, 1, 37 and 20 rows, 12 rows past the last.
 HIDDEN, INNER, SIZES, ROWS, TOKENS = 40, 72, (0, 1, 37, 0, 20), 70, 29
 TILES = [
@@ -62,8 +63,17 @@ def test_rows(k_inner, dtype, tile):
     w = randn(len(SIZES), INNER, HIDDEN, dtype=dtype).mT if k_inner else randn(len(SIZES), HIDDEN, INNER, dtype=dtype)
     bias = randn(len(SIZES), INNER, dtype=dtype)
     with poisoned_allocations():
-        y = multiply_rows(x, w, offsets(), bias=bias, tile=tile)
+        y, whole = (multiply_rows(x, w, offsets(), bias=bias, clears_rest=one, tile=tile) for one in (False, True))
     check(y, by_group(x, w) + bias.double().repeat_interleave(torch.tensor(SIZES, device=DEVICE), 0))
+    assert torch.equal(whole[: sum(SIZES)], y[: sum(SIZES)])
+    assert y[sum(SIZES) :].isnan().all() and (whole[sum(SIZES) :] == 0).all()
+
+
+def test_where_no_group_has_a_row_all_is_cleared():
+    x, w = randn(ROWS, HIDDEN), randn(1, HIDDEN, INNER)
+    with poisoned_allocations():
+        y = multiply_rows(x, w, torch.zeros(1, dtype=torch.int32, device=DEVICE), clears_rest=True)
+    assert (y == 0).all()
 
 
 @each_tile
@@ -133,9 +143,9 @@ def test_sum_rows(dtype, gathers):
 def test_one_program_takes_every_tile(monkeypatch, dtype):
     """As on a device with fewer multiprocessors than tiles: the same bits."""
     x, w, group_offsets = randn(ROWS, HIDDEN, dtype=dtype), randn(len(SIZES), HIDDEN, INNER, dtype=dtype), offsets()
-    several = multiply_rows(x, w, group_offsets, tile=TILES[1])
+    several = multiply_rows(x, w, group_offsets, clears_rest=True, tile=TILES[1])
     monkeypatch.setattr(sys.modules[multiply_rows.__module__], "num_programs", lambda tiles, like: 1)
-    assert torch.equal(multiply_rows(x, w, group_offsets, tile=TILES[1])[: sum(SIZES)], several[: sum(SIZES)])
+    assert torch.equal(multiply_rows(x, w, group_offsets, clears_rest=True, tile=TILES[1]), several)
 
 
 def test_programs_are_bounded():
@@ -168,11 +178,12 @@ def test_odd_layouts_take_pointer_loads():
 def test_default_tiles(monkeypatch, generation, rows_a_group):
     """Descriptors from sm_90 on, tensor-core shapes, and a tile that is not twice as wide as the columns."""
     monkeypatch.setattr(tiles, "chip_generation", lambda: generation)
-    for dtype in DTYPES:
+    for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), TF32):
+        monkeypatch.setattr(tiles, "input_precision", lambda _, precision=precision: precision)
         for columns in (64, 128, 448, 4096):
             for paired in (False, True):
                 tile = tiles.pick_tile(rows_a_group * 8, 8, columns, 1024, dtype, paired=paired)
-                assert tile.descriptors == (generation >= 90 and dtype != torch.float32)
+                assert tile.descriptors == (generation >= 90 and (dtype, precision) != (torch.float32, "ieee"))
                 assert tile.n <= 64 or tile.n < 2 * columns
                 assert tile.k >= 16 and tile.m >= (64 if tile.descriptors else 32)
 

@@ -147,8 +147,8 @@ def _down_backward_kernel(
         tl.store(grad_gates + tile_n.to(tl.int64) * num_rows + rows, by_gate, mask=rows < end)
 
 
-# parts (P, R), group_offsets (E,), grad_out (T, D), token_indices (R,), bias (E, D) -> out (R,): sums of the parts in
-# order, and of what the bias adds; 0 past the last group
+# parts (P, R), group_offsets (E,), grad_out (T, D), token_indices (R,), bias (E, D) -> out (R,): sums of the parts,
+# and of what the bias adds; 0 past the last group
 @triton.jit
 def _gate_gradients_kernel(
     parts,
@@ -159,19 +159,19 @@ def _gate_gradients_kernel(
     out,
     num_groups,
     num_rows,
-    num_parts,
+    num_parts: tl.constexpr,
     hidden_size: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = rows < tl.load(group_offsets + num_groups - 1)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    for _ in range(0, num_parts):
-        total += tl.load(parts + rows, mask=valid, other=0.0)
-        parts += num_rows
+    part = tl.arange(0, PARTS)
+    at = part.to(tl.int64)[:, None] * num_rows + rows[None, :]
+    total = tl.sum(tl.load(parts + at, mask=(part < num_parts)[:, None] & valid[None, :], other=0.0), 0)
     if HAS_BIAS:
         tokens = tl.load(token_indices + rows, mask=valid, other=0)
         group = groups_of(group_offsets, rows, num_groups, GROUPS)
@@ -232,7 +232,8 @@ def down_backward(
     parts = launch(tile or best_product_tile("down_backward", launch, sizes, pre.dtype, activation, paired=True))
     has_bias = down_bias is not None
     block_c = min(next_power_of_2(depth), COLUMNS)
-    block_r = ELEMENTS_BACKWARD // block_c if has_bias else 1024
+    num_parts = next_power_of_2(parts.shape[0])
+    block_r = max(ELEMENTS_BACKWARD // (block_c if has_bias else num_parts), 4)
     _gate_gradients_kernel[(triton.cdiv(num_rows, block_r),)](
         parts,
         group_offsets,
@@ -242,10 +243,11 @@ def down_backward(
         grad_gates,
         num_groups,
         num_rows,
-        parts.shape[0],
+        num_parts=parts.shape[0],
         hidden_size=depth,
         HAS_BIAS=has_bias,
         GROUPS=next_power_of_2(num_groups),
+        PARTS=num_parts,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
     )

@@ -15,9 +15,7 @@ from diffmoe_kernels.triton_support import why_not_triton
 @operator("group_rows")
 def _rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
     """(R, K), (E, K, N), (E,), (E, N) -> (R, N), 0 past the last group."""
-    out = multiply_rows(x, w, offs, bias=bias)
-    rows = torch.arange(x.shape[0], device=x.device)
-    return out.where((rows < offs[-1]).unsqueeze(1), 0)
+    return multiply_rows(x, w, offs, bias=bias, clears_rest=True)
 
 
 @_rows.register_fake

@@ -55,6 +55,18 @@ def find_tile(
     return group, row, tl.sum(tl.where(is_mine, end, 0), 0), tile_n
 
 
+@triton.jit
+def _clear_rows(out, first, num_rows, num_columns: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zeros in out (R, N) from row `first` on."""
+    num_tiles_n = tl.cdiv(num_columns, BLOCK_N)
+    for index in range(tl.program_id(0), tl.cdiv(num_rows - first, BLOCK_M) * num_tiles_n, tl.num_programs(0)):
+        rows = first + index // num_tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+        columns = index % num_tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        at = out + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+        mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+        tl.store(at, tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty), mask=mask)
+
+
 # x (R, K), w (E, K, N), bias (E, N), group_offsets (E,) -> out (R, N); with DESCRIPTORS x and w are descriptors of
 # tiles, and w is one of (E, N, K) where K_INNER
 @triton.jit
@@ -77,6 +89,7 @@ def _rows_kernel(
     GROUPS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     K_INNER: tl.constexpr,
+    CLEARS_REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -119,6 +132,8 @@ def _rows_kernel(
             total += tl.load(bias_at, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
         at = out + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
         tl.store(at, total.to(out.dtype.element_ty), mask=in_rows & in_columns)
+    if CLEARS_REST:
+        _clear_rows(out, tl.load(group_offsets + num_groups - 1), num_rows, num_columns, BLOCK_M, BLOCK_N)
 
 
 def most_tiles(num_rows: int, num_groups: int, block_m: int) -> int:
@@ -127,13 +142,21 @@ def most_tiles(num_rows: int, num_groups: int, block_m: int) -> int:
 
 
 def multiply_rows(
-    x: Tensor, w: Tensor, group_offsets: Tensor, *, bias: Tensor | None = None, tile: Tile | None = None
+    x: Tensor,
+    w: Tensor,
+    group_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    clears_rest: bool = False,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """(R, K), (E, K, N) of any strides, (E, N) -> (R, N); not written past the last group.
+    """(R, K), (E, K, N) of any strides, (E, N) -> (R, N).
 
     Strides are compiled in, so none may vary with R: x with gaps within its rows is copied.
 
-    tile: other than the one of `tiles.py`.
+    Args:
+        clears_rest: write zeros past the last group, which else is not written.
+        tile: other than the one of `tiles.py`.
     """
     num_rows, (num_groups, depth, num_columns) = x.shape[0], w.shape
     out = x.new_empty(num_rows, num_columns)
@@ -164,6 +187,7 @@ def multiply_rows(
             GROUPS=next_power_of_2(num_groups),
             DESCRIPTORS=descriptors is not None,
             K_INNER=k_inner,
+            CLEARS_REST=clears_rest,
             **tile.options,
         )
 

@@ -19,7 +19,7 @@ from diffmoe_kernels.triton_support import Tile, chip_generation, input_precisio
 
 FEW, SOME = 32, 128  # rows of an average group, up to which a tile of 32 or 64 rows wastes less than one of 128
 
-# (least compute capability, kind of rows) -> tile, for 16-bit numbers; of a plain product.
+# (least compute capability, kind of rows) -> tile, for 16-bit numbers, half as deep for TF32; of a plain product.
 _PLAIN = {
     (90, "few"): Tile(64, 128, 64, 4, 4, descriptors=True),  # warp-group products have 64 rows at least
     (90, "some"): Tile(64, 128, 64, 4, 4, descriptors=True),
@@ -39,7 +39,7 @@ _PAIRED = {
 }
 _WEIGHT_GRAD = {90: Tile(128, 256, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)}
 _UNALIGNED = Tile(64, 64, 32, 4, 2)  # rows that begin at odd addresses are read number by number
-# IEEE float32 runs without tensor cores: small tiles, whose sums fit in registers, those of a pair too.
+# Float32 as IEEE has it runs without tensor cores: small tiles, whose sums fit in registers, those of a pair too.
 _FLOAT32 = {
     "few": Tile(32, 64, 16, 4, 4),
     "some": Tile(32, 64, 16, 4, 4),
@@ -55,19 +55,23 @@ def pick_tile(
     """The tile of a product of `num_rows` rows in `num_groups` groups, `depth` deep, with `num_columns` columns."""
     average = num_rows / max(num_groups, 1)
     kind = "few" if average <= FEW else "some" if average <= SOME else "many"
-    if dtype == torch.float32:
+    if _without_tensor_cores(dtype):
         return _FLOAT32["paired" if paired else kind]
-    if num_columns % 8 or depth % 8:
+    if not _is_aligned(num_columns, depth, dtype):
         return _UNALIGNED
     tile = (_PAIRED if paired else _PLAIN)[min(chip_generation(), 90), kind]
-    return _narrowed(tile, num_columns)
+    if dtype == torch.float32 and tile.n == (128 if paired else 256):
+        tile = replace(tile, n=tile.n // 2, stages=4)  # what an epilogue holds is twice as wide, too
+    return _fitted(tile, num_columns, dtype)
 
 
 def pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype) -> Tile:
     """The tile of a product (E, size_m, size_n) over each group's rows."""
-    if dtype == torch.float32:
+    if _without_tensor_cores(dtype):
         return _FLOAT32["weight_grad"]
-    return _UNALIGNED if size_m % 8 or size_n % 8 else _narrowed(_WEIGHT_GRAD[min(chip_generation(), 90)], size_n)
+    if not _is_aligned(size_m, size_n, dtype):
+        return _UNALIGNED
+    return _fitted(_WEIGHT_GRAD[min(chip_generation(), 90)], size_n, dtype)
 
 
 def best_product_tile(
@@ -95,18 +99,27 @@ def best_weight_grad_tile(
     return best_tile("weight_grad", shape_class, default, candidates(dtype, weight_grad=True), launch)
 
 
-def _narrowed(tile: Tile, num_columns: int) -> Tile:
-    """Half as many columns as long as a tile would be half empty, or more."""
+def _without_tensor_cores(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and input_precision(dtype) == "ieee"
+
+
+def _is_aligned(size: int, other: int, dtype: torch.dtype) -> bool:
+    """Whether rows of so many numbers begin at multiples of 16 bytes."""
+    return size * dtype.itemsize % 16 == other * dtype.itemsize % 16 == 0
+
+
+def _fitted(tile: Tile, num_columns: int, dtype: torch.dtype) -> Tile:
+    """Half as many columns as long as a tile would be half empty, or more; as many bytes deep in TF32."""
     n, warps = tile.n, tile.warps
     while n >= 128 and num_columns <= n // 2:
         n //= 2
         warps = max(warps // 2, 4)
-    return replace(tile, n=n, warps=warps)
+    return replace(tile, n=n, warps=warps, k=tile.k * 2 // dtype.itemsize)
 
 
 def candidates(dtype: torch.dtype, *, paired: bool = False, weight_grad: bool = False) -> Iterator[Tile]:
     """Tiles that an opt-in search tries: those whose sums fit in registers and whose stages fit in shared memory."""
-    if dtype == torch.float32:
+    if _without_tensor_cores(dtype):
         yield from (*_FLOAT32.values(), Tile(32, 32, 32, 4, 3), Tile(128, 64, 16, 8, 3))
         return
     is_new = chip_generation() >= 90
@@ -120,4 +133,4 @@ def candidates(dtype: torch.dtype, *, paired: bool = False, weight_grad: bool = 
             if stages * 2 * k * (m + accumulators * n) > limit:
                 continue
             for descriptors in (False, True) if is_new and not weight_grad else (False,):
-                yield Tile(m, n, k, warps, stages, descriptors=descriptors)
+                yield Tile(m, n, k * 2 // dtype.itemsize, warps, stages, descriptors=descriptors)

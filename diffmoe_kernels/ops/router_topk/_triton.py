@@ -17,24 +17,10 @@ from torch import Tensor
 from diffmoe_kernels.ops.router_topk._triton_backward import route_backward
 from diffmoe_kernels.ops.router_topk.outputs import outputs_of
 from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T, NARROW, PLACE_T, SCAN, TILE
+from diffmoe_kernels.triton_order import LOWEST, number_of, order_key
 from diffmoe_kernels.triton_support import next_power_of_2
 
 __all__ = ["rank_in_list", "route", "route_backward", "scan"]
-
-_LOWEST = tl.constexpr(-(2**31))  # below the key of every float32
-_HIGHEST = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def _keys(values):
-    """float32 -> int32 that compare as `torch.sort` does: NaN is the largest, -0.0 equals 0.0."""
-    bits = (values + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(values == values, bits ^ ((bits >> 31) & _HIGHEST), _HIGHEST)
-
-
-@triton.jit
-def _values(keys):
-    return (keys ^ ((keys >> 31) & _HIGHEST)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -119,30 +105,30 @@ def _choose_kernel(
 
         if HAS_BIAS:
             score += tl.load(bias + experts, mask=real, other=0.0).to(tl.float32)[:, :, None, :]
-        keys = tl.where(real[:, :, None, :], _keys(score), _LOWEST)
+        keys = tl.where(real[:, :, None, :], order_key(score), LOWEST)
         if GROUPS > 1:
             best = tl.max(tl.max(keys, 3), 1)  # (G, T)
-            total = _values(best)
+            total = number_of(best)
             if S > 1:
                 is_best = keys == best[:, None, :, None]
                 first = tl.min(tl.min(tl.where(is_best, members[None, :, None, :], S), 3), 1)
-                others = tl.where(members[None, :, None, :] == first[:, None, :, None], _LOWEST, keys)
-                total += _values(tl.max(tl.max(others, 3), 1))
-            group_keys = tl.where((groups < GROUPS)[:, None], _keys(total), _LOWEST)
+                others = tl.where(members[None, :, None, :] == first[:, None, :, None], LOWEST, keys)
+                total += number_of(tl.max(tl.max(others, 3), 1))
+            group_keys = tl.where((groups < GROUPS)[:, None], order_key(total), LOWEST)
             for _ in range(TOP_GROUPS):
                 is_next = group_keys == tl.max(group_keys, 0)[None, :]
                 group = tl.min(tl.where(is_next, groups[:, None], G), 0)
-                group_keys = tl.where(groups[:, None] == group[None, :], _LOWEST, group_keys)
-            masked = (group_keys != _LOWEST)[:, None, :, None] & real[:, :, None, :]
-            keys = tl.where(masked, _keys(tl.full((G, C, TILE_T, V), fill, tl.float32)), keys)
+                group_keys = tl.where(groups[:, None] == group[None, :], LOWEST, group_keys)
+            masked = (group_keys != LOWEST)[:, None, :, None] & real[:, :, None, :]
+            keys = tl.where(masked, order_key(tl.full((G, C, TILE_T, V), fill, tl.float32)), keys)
 
         for slot in range(K):
             is_largest = keys == tl.max(tl.max(tl.max(keys, 3), 1), 0)[None, None, :, None]
             chosen = tl.min(tl.min(tl.min(tl.where(is_largest, places, E), 3), 1), 0)
-            keys = tl.where((places == chosen[None, None, :, None]) & real[:, :, None, :], _LOWEST, keys)
+            keys = tl.where((places == chosen[None, None, :, None]) & real[:, :, None, :], LOWEST, keys)
             tl.store(topk_ids + begin * K + (tokens * K + slot), chosen, mask=inside)
         bits = tl.full((TILE_T,), 1, tl.uint32) << tokens.to(tl.uint32)
-        block_masks += tl.sum(tl.where(mask & (keys == _LOWEST), bits[None, None, :, None], 0), 2)
+        block_masks += tl.sum(tl.where(mask & (keys == LOWEST), bits[None, None, :, None], 0), 2)
     tl.store(masks + experts * num_blocks + block, block_masks.to(tl.int32, bitcast=True), mask=real)
 
 

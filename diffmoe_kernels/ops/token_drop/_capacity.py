@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.ops.token_drop._select import number_of, select, sigmoid, tile_of
+from diffmoe_kernels.ops.token_drop._select import select, sigmoid, tile_of
 from diffmoe_kernels.ops.token_drop._triton import bounds
+from diffmoe_kernels.triton_order import number_of
 from diffmoe_kernels.triton_support import next_power_of_2
 
 SUM_BLOCK = 1024

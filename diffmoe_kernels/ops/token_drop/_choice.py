@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffmoe_kernels.ops.router_topk._from_topk import sort_choices
-from diffmoe_kernels.ops.token_drop._select import LOWEST, order_key, settle_digit
+from diffmoe_kernels.ops.token_drop._select import settle_digit
+from diffmoe_kernels.triton_order import LOWEST, order_key
 from diffmoe_kernels.triton_support import next_power_of_2
 
 CHUNK = 8192  # scores of a step: an expert's share of T = 65536, K = 5 over E = 48 is one

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffmoe_kernels.triton_order import HIGHEST, LOWEST, order_key
 from diffmoe_kernels.triton_support import next_power_of_2
 
 IN_REGISTERS = 16384  # keys of a program: 16 of each of 1024 threads
@@ -22,9 +23,6 @@ CHUNK = 4096  # keys of a program's step where a segment is longer
 MAX_PARTS = 16  # programs of a segment; each reads the counts of all
 TILE = 2048  # elements (tokens x experts) that a program of the later kernels holds
 MAX_BLOCKS = 256  # of a pool; each program of the last kernel reads the counts of those before
-
-LOWEST = tl.constexpr(-(2**31))  # under every number's key
-HIGHEST = tl.constexpr(2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -40,22 +38,6 @@ class Selection:
     wanted: Tensor | None
     counts: Tensor
     block: int
-
-
-@triton.jit
-def order_key(values):
-    """int32 that order as the numbers do, both zeros alike and NaN above all, as torch.sort has it."""
-    bits = values.to(tl.float32).to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    key = tl.where(bits < 0, -magnitude, magnitude)
-    return tl.where(magnitude > 0x7F800000, HIGHEST, key)
-
-
-@triton.jit
-def number_of(key):
-    """The float32 of a key."""
-    bits = tl.where(key < 0, LOWEST | -key, key)
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
