@@ -36,7 +36,8 @@ def check_shape(name: str, tensor: Tensor | None, *shape: int | str) -> None:
     found = tensor.shape
     fits = len(found) == len(shape)
     for want, got in zip(shape, found, strict=False):
-        fits = fits and (isinstance(want, str) or want == got)
+        if want != got and not isinstance(want, str):
+            fits = False
     if not fits:
         expected = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
@@ -55,9 +56,11 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raises ValueError unless all given tensors are on one device."""
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        raise ValueError("tensors on different devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items()))
+    given = [tensor for tensor in tensors.values() if tensor is not None]
+    for tensor in given[1:]:
+        if tensor.device != given[0].device:
+            devices = [f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None]
+            raise ValueError(f"tensors on different devices: {', '.join(devices)}")
 
 
 def why_no_kernel(tensor: Tensor, *, dtypes: Collection[torch.dtype], on_cpu: bool) -> str | None:

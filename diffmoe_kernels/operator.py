@@ -55,6 +55,7 @@ class Operator:
         hints = typing.get_type_hints(function)
         # Of each argument. Others, an int for a float among them, are the dispatcher's to convert or refuse.
         self._types = [_types_of(hints[name]) for name in inspect.signature(function).parameters]
+        self._tensors_at: dict[tuple[type, ...], tuple[int, ...] | None] = {}  # by the arguments' types
         self._function = function
         self._gradient = _gradient_of(self)
         for method, key in ((self._on_its_device, "CompositeExplicitAutograd"), (self._differentiable, "Autograd")):
@@ -98,13 +99,16 @@ class Operator:
 
     def _unobserved(self, args: tuple[Any, ...]) -> bool:
         """Whether nothing that looks at operators would see one with these arguments."""
-        if len(args) != len(self._types):
+        types = tuple(map(type, args))
+        if types not in self._tensors_at:
+            self._tensors_at[types] = self._find_tensors(types)
+        places = self._tensors_at[types]
+        if places is None:
             return False
-        for arg, types in zip(args, self._types, strict=True):
-            if type(arg) not in types:
-                return False
+        for place in places:
+            tensor = args[place]
             # Those have another kernel, or their memory is not what they are.
-            if isinstance(arg, Tensor) and (arg.is_meta or arg.is_neg() or arg._is_zerotensor()):
+            if tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor():
                 return False
         return (
             _dynamo() is None
@@ -115,6 +119,12 @@ class Operator:
             and not _profiler_is_on()
             and _tracer() is None
         )
+
+    def _find_tensors(self, types: tuple[type, ...]) -> tuple[int, ...] | None:
+        """Which of arguments of these types are tensors; None where they are for the dispatcher."""
+        if len(types) != len(self._types) or any(t not in known for t, known in zip(types, self._types, strict=True)):
+            return None
+        return tuple(place for place, one in enumerate(types) if issubclass(one, Tensor))
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
@@ -131,7 +141,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
 # Where a graph broke, these would be traced once for every operator. It is Dynamo's `skip_code`, without its import.
 _frames = torch._C._dynamo.eval_frame
 _skipped = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
-for method in (Operator.__call__, Operator._unobserved):
+for method in (Operator.__call__, Operator._unobserved, Operator._find_tensors):
     _frames.set_code_exec_strategy(method.__code__, _skipped)
 
 

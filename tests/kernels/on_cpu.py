@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -65,13 +66,22 @@ def build() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-include", str(LAUNCHER)]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder, target.name)
-        command = ["g++", *FLAGS, *includes, "-x", "c++", *map(str, sources), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        made, objects = Path(folder, target.name), [Path(folder, f"{source.name}.o") for source in sources]
+        commands = [
+            ["g++", *FLAGS, *includes, "-c", "-x", "c++", source, "-o", one]
+            for source, one in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        _run(["g++", *FLAGS, *objects, "-o", made])
         os.replace(made, target)  # at once, should another process build it too
     return target
+
+
+def _run(command: list[str | Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
 
 
 def install() -> ModuleType:
