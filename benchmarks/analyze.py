@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         config = build_config(AnalyzeConfig, parser.parse_args(arguments))
         text = analyze(config)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{text}\n\nPictures and arrays: {config.output}")

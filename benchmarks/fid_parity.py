@@ -28,7 +28,7 @@ from models.precision import Precision
 from models.sample import SampleConfig
 from models.training.config import TrainConfig
 from models.training.loading import model_overrides, pick_device
-from models.training.logs import machine, save_seed_curves
+from models.training.logs import late_error, machine, save_seed_curves
 from models.training.trainer import NonFiniteError
 
 # What an option is where it is not given: of the digits, and of anything larger.
@@ -205,9 +205,7 @@ def run_parity(config: ParityConfig) -> str | None:
 def _result(name: str, runs: Sequence[Run], data: DataSplits, scorer: Scorer) -> ModelResult:
     seeds = []
     for run in runs:
-        losses = [record["mse"] for record in run.records()]
-        losses = losses[-max(1, len(losses) // 10) :]
-        seeds.append(SeedResult(run.train.seed, sum(losses) / len(losses), scorer.score(run.archive)))
+        seeds.append(SeedResult(run.train.seed, late_error(run.records()), scorer.score(run.archive)))
     total, activated = count_parameters(_on_meta(name, data))
     return ModelResult(name, dense_counterpart(name), activated, total, runs[0].train.steps, tuple(seeds))
 

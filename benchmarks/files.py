@@ -32,7 +32,11 @@ def load(paths: Sequence[Path]) -> dict[str, Any]:
     merged["not_run"] = [one for one in merged["not_run"] if "provider" not in one or _case(one) not in timed]
     ceilings = [part.get("run", {}).get("ceilings", {}) for part in parts]
     best = {name: max(one[name] for one in ceilings if name in one) for name in set().union(*ceilings)}
+    runs = [part.get("run", {}) for part in parts]
     merged["run"] = {**first, "ceilings": best}
+    for key, separator in (("command", "; "), ("changed_files", "\n")):
+        if found := dict.fromkeys(run[key] for run in runs if run.get(key)):
+            merged["run"][key] = separator.join(found)
     return merged
 
 

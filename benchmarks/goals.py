@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks.files import load
 from models.markdown import markdown_table
 
 FORWARD, BOTH = "forward", "forward+backward"
+REASON = 80  # characters of why nothing was measured; failures are listed in full
 Key = tuple[str, str, str, str]  # op, name, direction, provider
 OURS = ("triton", "torch")  # as called, not compiled: what backend="auto" may take
 
@@ -215,7 +217,8 @@ def row(goal: Goal, results: Results) -> list[str]:
     ratio = _amount(ours, unit) / _amount(baseline, unit) if measured and not isinstance(baseline, str) else None
     value = ratio if goal.unit in (None, "images/s") else _amount(ours, unit) if measured else None
     if value is None:
-        verdict = "not measured: " + (ours if not measured else str(baseline))
+        reason = ours if not measured else str(baseline)
+        verdict = f"not measured: {textwrap.shorten(reason, REASON, placeholder='...')}"
     elif goal.limit is None:
         verdict = "-"
     elif goal.direction == FORWARD and goal.unit == "ms" and not ours["captured"]:

@@ -3,8 +3,9 @@
 ``"reference"`` is the definition, plain PyTorch that anyone can check. ``"torch"`` is PyTorch's own fast path
 (``grouped_mm``, SDPA), without a host sync, but that ``grouped_mm`` waits for the device in other dtypes than bfloat16
 and on other GPUs than Hopper and Blackwell. ``"triton"`` and ``"cuda"`` are this project's kernels. ``"auto"`` takes
-what was measured fastest for the device, dtype and shape (`diffmoe_kernels.measured`), else PyTorch's own, unless that
-waits for the device. An explicit choice that can't run raises and says why.
+what was measured fastest for the device, dtype and shape (`diffmoe_kernels.measured`), else PyTorch's own, on a GPU
+unless that waits for the device or can't run; the reference where nothing else can. An explicit choice that can't run
+raises and says why.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ def check_integer(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
 
 
-def check_floating(name: str, tensor: Tensor | None) -> None:
-    """Raises TypeError unless ``tensor`` is None or a tensor of floating-point numbers."""
-    if tensor is None:
+def check_floating(name: str, tensor: Tensor | None, *, optional: bool = False) -> None:
+    """Raises TypeError unless ``tensor`` is a tensor of floating-point numbers, or ``optional`` and None."""
+    if optional and tensor is None:
         return
     _check_tensor(name, tensor)
     if not tensor.dtype.is_floating_point:

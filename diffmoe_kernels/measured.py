@@ -45,7 +45,7 @@ TABLE = load()
 
 
 def fastest(
-    op: str, backend: str, shape_class: Callable[..., str], *, rival_waits: Callable[[Tensor], bool] | None = None
+    op: str, backend: str, shape_class: Callable[..., str], *, rival_loses: Callable[..., bool] | None = None
 ) -> Callable[..., bool]:
     """Whether ``backend`` was measured fastest for an op's arguments, as `Implementation.automatic` asks.
 
@@ -53,15 +53,16 @@ def fastest(
         op: its name in the table.
         backend: the implementation's.
         shape_class: of the op's arguments.
-        rival_waits: of the first argument, whether the other way waits for the device and so loses unmeasured.
+        rival_loses: of the op's arguments, whether PyTorch's way can't run or waits for the device, and so loses
+            unmeasured.
     """
 
     def automatic(first: Tensor, *args: object, **options: object) -> bool:
-        if rival_waits is not None and rival_waits(first):
-            return True
         capability = capability_of(first.device)
         if capability is None:
             return False
+        if rival_loses is not None and rival_loses(first, *args, **options):
+            return True
         return TABLE.get((op, capability, shape_class(first, *args, **options))) == backend
 
     return automatic

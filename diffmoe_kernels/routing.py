@@ -172,12 +172,24 @@ class Routing:
 
 
 def check_routing(routing: Routing) -> None:
-    """Raises TypeError unless ``routing`` is a `Routing`, ValueError unless its tensors fit each other."""
+    """Raises TypeError unless ``routing`` is a `Routing` of integers and floating gates, ValueError unless its tensors
+    fit each other."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}; see Routing.from_topk")
+    for name in ("token_indices", "group_offsets", "token_offsets", "token_rows"):
+        tensor = getattr(routing, name)
+        if tensor.dtype is not torch.int32:
+            check_integer(f"routing.{name}", tensor)
+        if tensor.dim() != 1:
+            raise ValueError(f"routing.{name}: expected 1 dimension, got shape {tuple(tensor.shape)}")
+    if routing.gates.dtype is not torch.float32:
+        check_floating("routing.gates", routing.gates)
+    if routing.token_offsets.shape[0] == 0:
+        raise ValueError("routing.token_offsets: expected T + 1 offsets, got none")
     rows, device = routing.token_indices.shape, routing.token_indices.device
-    if routing.gates.shape != rows:
-        raise ValueError(f"routing.gates: expected shape {tuple(rows)}, got {tuple(routing.gates.shape)}")
+    for name in ("gates", "token_rows"):
+        if getattr(routing, name).shape != rows:
+            raise ValueError(f"routing.{name}: expected shape {tuple(rows)}, got {tuple(getattr(routing, name).shape)}")
     for name in ("gates", "group_offsets", "token_offsets", "token_rows"):
         if getattr(routing, name).device != device:
             found = f"token_indices on {device}, {name} on {getattr(routing, name).device}"

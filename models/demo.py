@@ -20,7 +20,7 @@ from models.options import build_config, command_line, config_parser, option, re
 from models.sampling import balanced_labels, sample_images
 from models.training.config import TrainConfig
 from models.training.loading import load_model
-from models.training.logs import machine, read_metrics, save_loss_curves
+from models.training.logs import late_error, machine, read_metrics, save_loss_curves
 from models.training.trainer import NonFiniteError, Trainer, TrainResult
 
 MODELS = ["DSMoE-digits", "DiT-digits"]
@@ -61,11 +61,12 @@ class DemoConfig:
         require(self, "minutes", self.minutes > 0, "above 0")
         for name in ("steps", "sample_steps"):
             require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        _train_config(self.names[0], self, self.steps)  # so is what training refuses, before anything is deleted
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table; `loss` is the mean squared error of the velocity over the last tenth of the records."""
+    """A row of the table; `loss` is the mean squared error of the velocity over the last tenth of the steps."""
 
     model: str
     activated_parameters: int
@@ -101,7 +102,7 @@ def run_demo(config: DemoConfig) -> list[Row] | None:
         # The first sets the number of steps, so that all see the same images equally often.
         same = None if config.minutes_each else next((result.step for result in results.values()), None)
         steps = config.steps or same
-        results[name] = _train(name, config, steps)
+        results[name] = Trainer(_train_config(name, config, steps)).fit()
         if results[name].ended_by == "signal":
             return None
 
@@ -111,8 +112,6 @@ def run_demo(config: DemoConfig) -> list[Row] | None:
     rows = []
     for name in config.names:
         total, activated = count_parameters(load_model(output / name))
-        losses = [record["mse"] for record in read_metrics(output / name)]
-        losses = losses[-max(1, len(losses) // 10) :]
         rows.append(
             Row(
                 model=name,
@@ -120,7 +119,7 @@ def run_demo(config: DemoConfig) -> list[Row] | None:
                 total_parameters=total,
                 steps=results[name].step,
                 images_per_second=results[name].images_per_second,
-                loss=sum(losses) / len(losses),
+                loss=late_error(read_metrics(output / name)),
                 scores=score_samples(samples[name], data, labels=labels, classifier=classifier),
             )
         )
@@ -153,21 +152,19 @@ def format_table(rows: Sequence[Row]) -> str:
     return markdown_table(heading, cells)
 
 
-def _train(name: str, config: DemoConfig, steps: int | None) -> TrainResult:
-    return Trainer(
-        TrainConfig(
-            model=name,
-            output=str(Path(config.output) / name),
-            seed=config.seed,
-            steps=steps or 1_000_000,
-            max_minutes=None if steps else config.minutes,
-            learning_rate=config.learning_rate,
-            ema_decay=config.ema_decay,
-            log_every=10,
-            sample_steps=config.sample_steps,
-            sample_cfg_scale=config.cfg_scale,
-        )
-    ).fit()
+def _train_config(name: str, config: DemoConfig, steps: int | None) -> TrainConfig:
+    return TrainConfig(
+        model=name,
+        output=str(Path(config.output) / name),
+        seed=config.seed,
+        steps=steps or 1_000_000,
+        max_minutes=None if steps else config.minutes,
+        learning_rate=config.learning_rate,
+        ema_decay=config.ema_decay,
+        log_every=10,
+        sample_steps=config.sample_steps,
+        sample_cfg_scale=config.cfg_scale,
+    )
 
 
 def _sample(name: str, config: DemoConfig, labels: Tensor) -> Tensor:

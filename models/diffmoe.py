@@ -35,7 +35,8 @@ class DiffMoEConfig(MixtureConfig):
         super().__post_init__()
         if self.capacity_schedule is not None:
             steps = self.capacity_schedule
-            if not isinstance(steps, list | tuple) or len(steps) != 2 or not 0 <= steps[0] < steps[1]:
+            is_pair = isinstance(steps, list | tuple) and len(steps) == 2 and all(isinstance(one, int) for one in steps)
+            if not is_pair or not 0 <= steps[0] < steps[1]:
                 raise ValueError(f"capacity_schedule: expected two rising steps, got {steps!r}")
 
     def capacity_factor_at(self, step: int) -> float:

@@ -208,8 +208,8 @@ class DiT(nn.Module):
         return DiTBlock(self.config, self.make_mixture() if mixes else dense_mlp(self.config))
 
     def make_mixture(self) -> nn.Module:
-        """The MLP of a block with a mixture of experts; a dense model has none."""
-        raise NotImplementedError
+        """The MLP of a `DiTBlock` with a mixture of experts, in the families that have such blocks."""
+        raise NotImplementedError(f"{type(self).__name__} has no mixture of experts")
 
     def make_final_layer(self) -> nn.Module:
         config = self.config

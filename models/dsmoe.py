@@ -120,6 +120,10 @@ class DSMoE(DiT):
 
     config: DSMoEConfig
 
+    @property
+    def mixes_samples(self) -> bool:
+        return self.config.capacity_factor is not None  # places are given to the batch's tokens
+
     def has_position_table(self) -> bool:
         return self.config.rope is None
 

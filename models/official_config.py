@@ -87,7 +87,10 @@ def _diffmoe_config(params: dict[str, Any]) -> DiffMoEConfig:
     fields, mixture, num_shared, schedule = _take_baseline(params, "capacity_factor")
     stages = None
     if schedule:
-        stages = tuple(schedule[f"capacity_schedule_stage_{stage}_iters"] for stage in ("I", "II"))
+        names = [f"capacity_schedule_stage_{stage}_iters" for stage in ("I", "II")]
+        if not isinstance(schedule, Mapping) or not set(names) <= schedule.keys():
+            raise ValueError(f"capacity_schedule: expected {' and '.join(names)}, got {schedule!r}")
+        stages = tuple(schedule[name] for name in names)
     rest = _take_rest(params, "use_swiglu", "CapacityPred_loss_weight")
     return DiffMoEConfig(
         **fields,

@@ -116,5 +116,5 @@ def command_line(module: str, config: Any, leave_out: Collection[str] = ()) -> s
         if isinstance(value, dict):
             words.append(shlex.quote(json.dumps(value)))
         elif not isinstance(value, bool):
-            words += map(str, value if isinstance(value, list) else [value])
+            words += [shlex.quote(str(one)) for one in (value if isinstance(value, list) else [value])]
     return " ".join(words)

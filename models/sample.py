@@ -56,6 +56,7 @@ class SamplerConfig:
             require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         require(self, "seed", -(2**63) <= self.seed < 2**63, "an integer of 64 bits")
         require(self, "cfg_scale", math.isfinite(self.cfg_scale), "a finite number")
+        require(self, "classes", self.classes is None or len(self.classes) > 0, "at least one label")
         fine = self.objective is None or self.official is not None
         require(self, "objective", fine, "left out without --official, a run has its own")
 
@@ -188,6 +189,7 @@ def _request(config: SampleConfig, trained: TrainedModel, decoder: str | None) -
         "weights": digest.hexdigest(),
         "objective": [type(trained.objective).__name__, dataclasses.asdict(trained.objective)],
         "autoencoder": decoder,
+        "model": {**dataclasses.asdict(trained.model.config), "backend": None},
     }
     if _depends_on_batch(config, trained.model):
         request["batch_size"] = config.batch_size
@@ -220,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = config_parser(SampleConfig, prog="python -m models.sample", description="Sample from a trained model.")
         config = build_config(SampleConfig, parser.parse_args(arguments))
         grid, archives = sample_to_files(config)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

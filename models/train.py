@@ -36,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, resume = parse(arguments)
         trainer = Trainer(config, resume=resume)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
         result = trainer.fit()
-    except (NonFiniteError, ValueError) as error:  # of the weights, or of an image that can't be read
+    except (NonFiniteError, NotImplementedError, ValueError) as error:  # weights, a backend, an unreadable image
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -23,6 +23,7 @@ from benchmarks.analyze import ARRAYS, EVEN, AnalyzeConfig, analyze, main, recor
 from diffmoe_kernels import MoE, Routing
 from models import DiT, create_model
 from models.objectives import objective_for
+from models.options import command_line
 from models.training.config import TrainConfig
 from models.training.loading import TrainedModel
 from models.training.trainer import Trainer
@@ -359,3 +360,9 @@ def test_what_the_heat_maps_show(tmp_path, monkeypatch) -> None:
     names = [[text.get_text() for text in axis.get_ticklabels()] for axis in (by_class[0].xaxis, by_class[0].yaxis)]
     assert names == [["0", "1", "2", "3"], ["0", "10"]]
     assert [text.get_text() for text in by_time[0].get_yticklabels()] == ["0", "1", "2", "3"]
+
+
+def test_the_command_of_a_path_with_a_space():
+    config = AnalyzeConfig(checkpoint="runs/my run", objective_options={"noise_scale": 2.0}, classes=[1, 2])
+    expected = "python -m x --checkpoint 'runs/my run' --classes 1 2 --objective-options '{\"noise_scale\": 2.0}'"
+    assert command_line("x", config) == expected

@@ -84,6 +84,8 @@ def test_files_as_one(tmp_path, capsys) -> None:
     assert row["source"] == "one.json, two.json, three.json" and row["fastest"] == "triton"
     assert [case["name"].split(",")[0] for case in row["cases"]] == ["DSMoE-L-E16", "DSMoE-L-E48"]
     assert files.load(paths[:1]) == part("DSMoE-L-E16")
+    paths = saved(tmp_path, one=part("DSMoE-L-E16", command="a"), two=part("DSMoE-L-E48", command="b"))
+    assert files.load(paths)["run"]["command"] == "a; b"
 
 
 def test_what_another_file_timed_was_run(tmp_path) -> None:

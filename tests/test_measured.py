@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -97,3 +98,19 @@ def test_auto_compiles_to_one_graph(as_measured):
     x = torch.randn(4, 8)
     assert torch.allclose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), atol=1e-6)
     assert len(as_measured) == 2
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(("width", "triton"), [(128, False), (100, True), (2730, True)])
+def test_sizes_that_grouped_mm_refuses_are_the_kernels(monkeypatch, width, triton):
+    """On a GPU the reference, which waits for it, is no alternative."""
+    names = ("experts", "grouped_gemm", "grouped_gemm._torch")
+    experts, grouped_gemm, _torch = (importlib.import_module(f"diffmoe_kernels.ops.{name}") for name in names)
+    for module in (measured, _torch):
+        monkeypatch.setattr(module, "capability_of", lambda device: "9.0")
+    x, up, down = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((8, 16), (2, 2 * width, 16), (2, 16, width)))
+    routing = Routing.from_topk(torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1), 2)
+    options = {"up_bias": None, "down_bias": None, "activation": "swiglu", "dropout": 0.0, "residual": None}
+    assert experts._IMPLEMENTATIONS["triton"].automatic(x, routing, up, down, **options) == triton
+    rows = torch.zeros(8, width, dtype=torch.bfloat16)
+    assert grouped_gemm._IMPLEMENTATIONS["triton"].automatic(rows, down.mT, routing.group_offsets, None) == triton

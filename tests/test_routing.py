@@ -180,7 +180,12 @@ def test_from_expert_choice_rejects(error, message, build):
     [
         (ValueError, r"routing.gates: expected shape \(8,\), got \(3,\)", {"gates": torch.ones(3)}),
         (ValueError, "token_indices on cpu, gates on meta", {"gates": torch.ones(8, device="meta")}),
-        (ValueError, "token_indices on cpu, token_rows on meta", {"token_rows": torch.zeros(8, device="meta")}),
+        (ValueError, "token_indices on cpu, token_rows on meta", {"token_rows": torch.ones(8, device="meta").int()}),
+        (ValueError, r"routing.token_rows: expected shape \(8,\), got \(3,\)", {"token_rows": torch.zeros(3).int()}),
+        (ValueError, "routing.group_offsets: expected 1 dimension", {"group_offsets": torch.zeros(2, 2).int()}),
+        (ValueError, "routing.token_offsets: expected T . 1 offsets", {"token_offsets": torch.zeros(0).int()}),
+        (TypeError, "routing.token_indices: expected an integer dtype", {"token_indices": torch.zeros(8)}),
+        (TypeError, "routing.gates: expected a floating dtype", {"gates": torch.zeros(8).int()}),
     ],
 )
 def test_a_record_whose_tensors_do_not_fit(error, message, changed):

@@ -33,7 +33,7 @@ latent models at guidance 1 after 700,000 steps."""
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One run: `loss` is the mean squared error over the last tenth of its records."""
+    """One run: `loss` is the mean squared error over the last tenth of its steps."""
 
     seed: int
     loss: float

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from diffmoe_kernels.backend import Backend, check_backend
 from diffmoe_kernels.checks import check_choice, check_shape
 from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.ops.rope_attention import QK_NORMS, check_rope
+from diffmoe_kernels.ops.rope_attention.tables import grid_of
 
 
 class RoPEAttention(nn.Module):
@@ -77,10 +77,7 @@ class RoPEAttention(nn.Module):
         self.rope = rope
         if num_prefix_tokens < 0:
             raise ValueError(f"num_prefix_tokens: expected 0 or more, got {num_prefix_tokens}")
-        if grid_size is not None and not isinstance(grid_size, tuple | list):
-            side = operator.index(grid_size)
-            grid_size = (1, side) if rope == "1d" else (side, side)
-        self.grid_size = grid_size
+        self.grid_size = None if grid_size is None else grid_of(rope, grid_size)
         self.num_prefix_tokens = num_prefix_tokens
         self.backend = check_backend(backend)
 

@@ -147,7 +147,7 @@ class ExpertChoiceMoE(Float32Buffers):
             return_aux: return (y, `ExpertChoiceAux`) instead of y.
 
         Returns:
-            y: x's shape, in x's dtype, or autocast's.
+            y: x's shape, in x's dtype or autocast's, or in the residual's where that is wider.
 
         Raises:
             ValueError: a last dimension other than D, a residual of another shape, or a pool so small that its capacity
@@ -211,6 +211,8 @@ class ExpertChoiceMoE(Float32Buffers):
     def _warn_of_first_thresholds(self) -> None:
         """Once, since it reads values: thresholds of 0 send every token to every expert."""
         if self._thresholds_seen or torch.compiler.is_compiling() or self.expert_threshold.is_meta:
+            return
+        if type(self.expert_threshold) is not Tensor:  # a fake one has no values
             return
         if self.expert_threshold.is_cuda and torch.cuda.is_current_stream_capturing():
             return

@@ -156,7 +156,7 @@ class MoE(nn.Module):
             return_aux: return (y, `MoEAux`) instead of y.
 
         Returns:
-            y: x's shape, in x's dtype, or autocast's.
+            y: x's shape, in x's dtype or autocast's, or in the residual's where that is wider.
 
         Raises:
             ValueError: a last dimension other than D, or a residual of another shape.

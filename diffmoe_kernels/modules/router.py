@@ -61,7 +61,8 @@ class TopKRouter(Float32Buffers):
     def forward(self, x: Tensor) -> ops.RouterTopK:
         """(T, D) -> `RouterTopK`, in float32 under autocast too."""
         with autocast_off(x):
-            logits = F.linear(at_least_float32(x), self.weight.to(at_least_float32(x).dtype))  # (T, E)
+            x = at_least_float32(x)
+            logits = F.linear(x, self.weight.to(x.dtype))  # (T, E)
         return ops.router_topk(
             logits,
             self.top_k,

@@ -81,6 +81,11 @@ class RectifiedFlow(Objective):
         mse = (predicted - self.target(data, noise, z, weight)).square().flatten(1).mean(1)
         return mse, mse
 
+    def pick_method(self, method: str | None, steps: int | None) -> tuple[str, int | None]:
+        if method == "dopri5":
+            _odeint()
+        return super().pick_method(method, steps)
+
     def integrate(
         self,
         predict: Predict,
@@ -128,12 +133,15 @@ def _heun_step(velocity: Velocity, z: Tensor, t: float, t_next: float) -> Tensor
     return z + (t_next - t) * (v + v_next) / 2
 
 
-def _dopri5(velocity: Velocity, z: Tensor, rtol: float, atol: float) -> Tensor:
+def _odeint() -> Callable[..., Tensor]:
     try:
         from torchdiffeq import odeint
     except ImportError as error:
         raise ImportError(f"{error}; the method 'dopri5' needs: pip install 'diffmoe-kernels[ode]'") from error
+    return odeint
 
+
+def _dopri5(velocity: Velocity, z: Tensor, rtol: float, atol: float) -> Tensor:
     ends = torch.tensor([0.0, 1.0], device=z.device)
-    path = odeint(lambda t, z: velocity(z, t.item()), z, ends, rtol=rtol, atol=atol, method="dopri5")
+    path = _odeint()(lambda t, z: velocity(z, t.item()), z, ends, rtol=rtol, atol=atol, method="dopri5")
     return path[-1]

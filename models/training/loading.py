@@ -66,7 +66,7 @@ def model_overrides(options: dict[str, Any], data: DataSplits) -> dict[str, Any]
 def check_model_config(model: nn.Module, state: dict[str, Any], path: Path) -> None:
     """Refuse a checkpoint of a model with another config than `model`, naming the field and both values."""
     saved, now = state["model_config"], dataclasses.asdict(model.config)
-    for name in sorted(saved.keys() | now.keys()):
+    for name in sorted((saved.keys() | now.keys()) - {"backend"}):  # which changes nothing that was learned
         if saved.get(name) != now.get(name):
             raise CheckpointError(
                 f"{path} holds a {state['model_name']} with {name}={saved.get(name)!r}, but this one has "
@@ -105,7 +105,8 @@ def load_trained(
         raise CheckpointError(
             f"{path} holds no {weights!r} weights: its run had no --ema-decay2; ask for 'ema' or 'model'"
         )
-    model = create_model(state["model_name"], **state["model_overrides"])
+    # A run on a GPU's kernels is sampled on any machine.
+    model = create_model(state["model_name"], **{**state["model_overrides"], "backend": "auto"})
     check_model_config(model, state, path)
     load_weights(model, state[weights], path)
     options = state["train_config"]

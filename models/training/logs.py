@@ -50,6 +50,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def late_error(records: Sequence[Mapping[str, Any]]) -> float:
+    """The mean squared error of the velocity over the last tenth of the steps, from the records of a run."""
+    late = [record["mse"] for record in records if record["step"] > 0.9 * records[-1]["step"]]
+    return sum(late) / len(late)
+
+
 def save_loss_curves(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
     """A PNG with one curve of loss over steps per run, smoothed over the raw records behind it.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -112,7 +113,8 @@ class Trainer:
         # What samples can't be drawn by is refused now, not when the first are due.
         self.objective.pick_method(config.sample_method, config.sample_steps)
         check_decodable(self.model, self.data.autoencoder)
-        self.step, self.checkpoint = 0, None
+        self.step, self.checkpoint, self.sampled = 0, None, None
+        self.window: list[StepStats] = []  # of the steps since the last record
         if saved:
             self._restore(*saved)
         if config.compile:
@@ -130,18 +132,17 @@ class Trainer:
         """
         config, start = self.config, self.step
         deadline = math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
-        batches, window, seconds, speed = self._batches(), [], 0.0, 0.0
+        batches, seconds, speed = self._batches(), 0.0, 0.0
         with StopOnSignal() as stop, closing(RunLog(self.run, start)) as log, self._progress_bar() as bar:
             while not (ended_by := self._reason_to_end(stop, deadline)):
                 started = time.perf_counter()
-                window.append(self.train_step(*next(batches)))
+                self.window.append(self.train_step(*next(batches)))
                 seconds += time.perf_counter() - started
                 speed = (self.step - start) * config.batch_size / seconds
-                bar.set_postfix_str(f"loss {window[-1].loss:.4f}, {speed:.0f} images/s", refresh=False)
+                bar.set_postfix_str(f"loss {self.window[-1].loss:.4f}, {speed:.0f} images/s", refresh=False)
                 bar.update()
                 if self.step == 1 or self.step % config.log_every == 0:
-                    self._log(log, window, speed)
-                    window = []
+                    self._log(log, speed)
                 if self.step % config.checkpoint_every == 0:
                     self.save()
                 if self.step % config.sample_every == 0:
@@ -203,7 +204,10 @@ class Trainer:
         self.checkpoint = save_checkpoint(self.run, state, keep=self.config.keep_checkpoints)
 
     def save_samples(self) -> None:
-        """Write a grid of samples of the averaged weights, a column per class."""
+        """Write a grid of samples of the averaged weights, a column per class, if this process has not yet."""
+        if self.sampled == self.step:
+            return
+        self.sampled = self.step
         columns = min(self.data.num_classes, GRID_COLUMNS)
         labels = balanced_labels(columns * self.config.sample_rows, range(columns))
         config, model = self.config, self.averages["ema"].module
@@ -235,7 +239,8 @@ class Trainer:
             "autoencoder": self.data.autoencoder,
             "class_names": list(self.data.class_names),
             "optimizer": self.optimizer.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []},
+            "rng": {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(self.device)] if on_gpu else []},
+            "window": [dataclasses.astuple(stats) for stats in self.window],
             "environment": self._environment(),
         }
 
@@ -277,10 +282,11 @@ class Trainer:
             group["fused"] = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+        self.window = [StepStats(*stats) for stats in state.get("window", [])]
         self.checkpoint = path
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+            torch.cuda.set_rng_state(state["rng"]["cuda"][0], self.device)
         was, now = state["environment"], self._environment()
         changed = [f"{name} {was[name]} -> {now[name]}" for name in now if was.get(name, now[name]) != now[name]]
         if changed:
@@ -301,6 +307,7 @@ class Trainer:
                 num_workers=self.config.workers,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # else it would draw from the global one, once per process
+                worker_init_fn=_leave_interrupts,
             )
         )
 
@@ -315,11 +322,13 @@ class Trainer:
         warmup = min(1.0, (self.step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
         return self.config.learning_rate * warmup
 
-    def _log(self, log: RunLog, window: list[StepStats], speed: float) -> None:
+    def _log(self, log: RunLog, speed: float) -> None:
+        """Record the means since the last record."""
         means = {
-            field.name: sum(getattr(stats, field.name) for stats in window) / len(window)
+            field.name: sum(getattr(stats, field.name) for stats in self.window) / len(self.window)
             for field in dataclasses.fields(StepStats)
         }
+        self.window = []
         progress = {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "epoch": self.step * self.config.batch_size / len(self.data.train),
@@ -340,6 +349,11 @@ class Trainer:
             f"step {step}: {what}; training stopped, {good}. "
             "Start a new run with a lower --learning-rate, a smaller --grad-clip or --precision float32"
         )
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; this one ends when the trainer does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:

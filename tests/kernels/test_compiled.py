@@ -114,7 +114,7 @@ def test_products_fetch_ahead(compiled, capability):
     """While a tile is multiplied the next ones are under way, in the loops with a gather too."""
     products = [row for row in compiled[capability] if row["kernel"] in MATRIX_PRODUCTS and not is_ieee_float32(row)]
     for row in products:
-        by_engine = capability >= 90 and row["kernel"] != "_weight_grad_kernel"
+        by_engine = capability >= 90 and row["kernel"] != "_weight_grad_kernel" and "TF32" not in row["case"]
         assert bool(row["bulk_copies"]) == by_engine, row
         if row["kernel"] != "_rows_kernel" or not by_engine:  # that one needs no other copies
             assert row["loads_in_flight"] > 0, row
@@ -124,7 +124,7 @@ def test_no_number_of_rows_needs_a_kernel_of_its_own(compiled):
     """How many rows there are varies from step to step; a compile in the middle of a run takes seconds."""
     rows = [row for row in compiled[90] if row["case"].startswith("transposed, ")]
     kernels = [
-        {row["kernel"]: row["compiled_as"] for row in rows if f" {num} rows" in row["case"]} for num in (1024, 4096)
+        {row["kernel"]: row["compiled_as"] for row in rows if f" {num} rows" in row["case"]} for num in (1000, 4096)
     ]
     assert len(kernels[0]) == 2 and kernels[0] == kernels[1]
 

@@ -77,3 +77,11 @@ def test_ctrl_c_ends_the_demo(tmp_path, monkeypatch, capsys):
     assert main(["--output", str(tmp_path / "demo")]) == 130
     assert "start again with --overwrite" in capsys.readouterr().err
     assert not (tmp_path / "demo" / "demo.md").exists()
+
+
+def test_bad_options_leave_an_earlier_demo(tmp_path, capsys):
+    earlier = tmp_path / "DSMoE-digits" / "config.yaml"
+    earlier.parent.mkdir()
+    earlier.write_text("")
+    assert main(["--output", str(tmp_path), "--overwrite", "--learning-rate", "-1"]) == 2
+    assert "learning_rate must be above 0" in capsys.readouterr().err and earlier.exists()

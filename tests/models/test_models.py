@@ -321,6 +321,7 @@ def test_samples_of_a_batch_are_independent_where_the_model_says_so() -> None:
         "JiTMoE-digits": {},
         "DiffMoE-digits": {"inference": "token"},
         "DiffMoE-S-E16": {**SMALL, "num_experts": 4},
+        "DSMoE-S-E16": {**SMALL_MOE, "capacity_factor": 0.5},
     }.items():
         model = randomize(create_model(name, **overrides))
         if name.startswith("DiffMoE"):

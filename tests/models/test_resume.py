@@ -334,3 +334,22 @@ def test_an_option_that_a_run_did_not_have_is_its_default(tmp_path):
     with pytest.raises(ValueError, match="ema_decay2 is 0.9, but .* was written by a run with None"):
         Trainer(tiny(run, steps=3, ema_decay2=0.9), resume=True)
     assert Trainer(tiny(run, steps=3), resume=True).step == 2
+
+
+def test_loading_processes_leave_ctrl_c_to_the_trainer(tmp_path):
+    """A terminal sends it to all of them."""
+    trainer = Trainer(tiny(tmp_path / "run", workers=2))
+    batches = trainer._batches()
+    next(batches)
+    for worker in batches._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    for _ in range(6):  # more than were loaded ahead
+        trainer.train_step(*next(batches))
+
+
+def test_a_record_that_a_stop_divides_is_whole(tmp_path):
+    Trainer(tiny(tmp_path / "straight", steps=8, log_every=4)).fit()
+    Trainer(tiny(tmp_path / "parts", steps=6, log_every=4)).fit()
+    Trainer(tiny(tmp_path / "parts", steps=8, log_every=4), resume=True).fit()
+    straight, parts = (read_metrics(tmp_path / name) for name in ("straight", "parts"))
+    assert [(one["step"], one["loss"]) for one in parts] == [(one["step"], one["loss"]) for one in straight]

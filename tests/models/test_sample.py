@@ -1,5 +1,6 @@
 """Sampling from a run: files, labels, noise, and requests that can't be met."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from models import create_model
 from models.data import iterate_images, load_samples, sample_files
 from models.metrics import fid_scores, reference_statistics
-from models.sample import main
+from models.sample import SampleConfig, main
 from models.sampling import balanced_labels, sample_images
 from models.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from models.training.loading import load_model
@@ -272,3 +273,34 @@ def test_a_checkpoint_of_another_model_or_config(run, tmp_path, edit, message):
     path = save_checkpoint(tmp_path, state, keep=1)
     with pytest.raises(CheckpointError, match=rf"(?s){path} {message}"):
         load_model(path)
+
+
+def test_parts_of_another_configuration_are_refused(run, tmp_path, monkeypatch, capsys):
+    words = ("--num-samples", 4, "--part-size", 2)
+    assert call(run, tmp_path, *words) == 0
+    load = SampleConfig.load
+
+    def changed(config, *names):
+        trained = load(config, *names)
+        trained.model.config = dataclasses.replace(trained.model.config, scaling_factor=3.0)
+        return trained
+
+    monkeypatch.setattr(SampleConfig, "load", changed)
+    assert call(run, tmp_path, *words) == 2
+    assert "samples-000000.npz" in capsys.readouterr().err
+
+
+def test_no_classes_are_refused():
+    with pytest.raises(ValueError, match="classes must be at least one label"):
+        SampleConfig(classes=[])
+
+
+def test_a_run_on_kernels_is_sampled_anywhere(tmp_path):
+    """Where its backend can't run, too."""
+    trainer = Trainer(tiny(tmp_path / "run"))
+    trainer.save()
+    path, state = load_newest(tmp_path / "run")
+    for options in (state["model_overrides"], state["model_config"]):
+        options["backend"] = "cuda"
+    save_checkpoint(tmp_path / "run", state, keep=1)
+    assert load_model(tmp_path / "run").config.backend == "auto"

@@ -15,7 +15,7 @@ from models.train import main, parse
 from models.training.batches import ShuffledBatches
 from models.training.checkpoints import list_checkpoints
 from models.training.config import TrainConfig
-from models.training.logs import read_metrics
+from models.training.logs import late_error, read_metrics
 from models.training.trainer import Trainer
 from tests.models.runs import command_line, one_thread, tiny
 
@@ -283,3 +283,27 @@ def test_a_capacity_under_one_token_is_told_before_the_run_is_made(tmp_path):
     with pytest.raises(ValueError, match=r"int\(16 / 64 \* 1.0\) = 0 tokens, expected at least 1"):
         Trainer(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_last_grid_is_drawn_once(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("models.training.trainer.save_grid", lambda path, *_, **__: drawn.append(path.name))
+    Trainer(tiny(tmp_path / "run", steps=4, sample_every=2)).fit()
+    assert drawn == ["step-00000002.png", "step-00000004.png"]
+
+
+def test_a_sampler_that_is_not_installed_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    assert main(command_line(tiny(tmp_path / "run", sample_method="dopri5", sample_steps=None))) == 2
+    assert "diffmoe-kernels[ode]" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_backend_that_cannot_run_is_an_error_in_words(tmp_path, capsys):
+    assert main(command_line(tiny(tmp_path / "run", model_options={"backend": "cuda"}))) == 2
+    assert "there is no 'cuda' backend" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_late_error_is_that_of_the_last_tenth_of_the_steps():
+    records = [{"step": step, "mse": float(step)} for step in (1, 5, 10, 50, 95, 100)]
+    assert late_error(records) == 97.5
+    assert late_error(records[:1]) == 1.0

@@ -296,3 +296,12 @@ def test_initialisation():
     assert layer.router.weight.std().item() == pytest.approx(0.006, rel=0.05)
     assert not layer.expert_threshold.any() and layer.expert_threshold.shape == (256,)
     assert layer.threshold_decay.shape == (1,) and layer.threshold_decay.item() == pytest.approx(0.95)
+
+
+def test_evaluation_without_values():
+    """As memory estimators trace a model."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        layer = ExpertChoiceMoE(8, 16, 4, dtype=torch.bfloat16).eval()
+        assert layer(torch.empty(1, 6, 8, dtype=torch.bfloat16)).shape == (1, 6, 8)

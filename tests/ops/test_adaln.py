@@ -182,3 +182,13 @@ X, V = torch.zeros(2, 5, 4), torch.zeros(2, 4)
 def test_rejects_bad_input(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_none_for_what_is_required():
+    x, vector = torch.rand(1, 2, 8), torch.rand(1, 8)
+    with pytest.raises(TypeError, match="y: expected a tensor, got NoneType"):
+        ops.gated_residual(x, None, vector)
+    with pytest.raises(TypeError, match="shift: expected a tensor, got NoneType"):
+        ops.adaln(x, None, vector)
+    with pytest.raises(TypeError, match="x: expected a tensor, got NoneType"):
+        ops.grouped_gemm(None, vector)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffmoe_kernels import ops
+from diffmoe_kernels import RoPEAttention, ops
 from diffmoe_kernels.ops.rope_attention.reference import prepare_qkv
 from diffmoe_kernels.testing import assert_close, check_accuracy, poisoned_allocations, value_and_grads
 from diffmoe_kernels.triton_support import HAS_TRITON
@@ -382,3 +382,13 @@ def test_what_is_neither_normalised_nor_rotated_is_not_copied():
     tables = ops.rope_table("2d", 8, 3)
     *_, v = prepare_qkv(qkv, *tables, 4, rope="2d", num_prefix_tokens=0, **norms)
     assert v.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rope", ["1d", "2d"])
+@pytest.mark.parametrize("grid", [-1, (4,), (4, 4, 4), (4, -4)])
+def test_grids_that_are_none(rope, grid):
+    for make in (lambda: ops.rope_table(rope, 16, grid), lambda: RoPEAttention(16, 1, rope=rope, grid_size=grid)):
+        with pytest.raises(ValueError, match="grid_size: expected one or two sizes of 0 or more, got"):
+            make()
+    with pytest.raises(TypeError, match="grid_size: expected integers, got 2.5"):
+        ops.rope_table(rope, 16, 2.5)

@@ -183,7 +183,7 @@ def test_default_tiles(monkeypatch, generation, rows_a_group):
         for columns in (64, 128, 448, 4096):
             for paired in (False, True):
                 tile = tiles.pick_tile(rows_a_group * 8, 8, columns, 1024, dtype, paired=paired)
-                assert tile.descriptors == (generation >= 90 and (dtype, precision) != (torch.float32, "ieee"))
+                assert tile.descriptors == (generation >= 90 and dtype != torch.float32)
                 assert tile.n <= 64 or tile.n < 2 * columns
                 assert tile.k >= 16 and tile.m >= (64 if tile.descriptors else 32)
 

@@ -238,6 +238,7 @@ S, THR, INT = torch.zeros(12, 3), torch.zeros(3), torch.zeros(12, 3, dtype=torch
         (ValueError, r"drop_scores: expected shape \(12, 3\)", lambda: ops.token_choice_drop(INT, S[:, :2], 3, 1)),
         (ValueError, "different devices", lambda: ops.token_choice_drop(INT, S.to("meta"), 3, 1)),
         (ValueError, "expert_capacity: expected 0 or more, got -1", lambda: ops.token_choice_drop(INT, S, 3, -1)),
+        (ValueError, "num_experts: expected at least 1, got 0", lambda: ops.token_choice_drop(INT, S, 0, 1)),
         (NotImplementedError, "'cuda' can't run", lambda: ops.token_drop(S.double(), 1, backend="cuda")),
         (NotImplementedError, "'cuda' can't", lambda: ops.token_drop_predicted(S, S.double(), THR, backend="cuda")),
         (NotImplementedError, "'cuda' can't", lambda: ops.token_choice_drop(INT, S.double(), 3, 1, backend="cuda")),

@@ -103,17 +103,16 @@ def gated_residual_adaln(
     return run("gated_residual_adaln", backend, _BOTH, x, y, gate, shift, scale, weight, norm, eps)
 
 
-def _check(x: Tensor, *, y: Tensor | None = None, weight: Tensor | None = None, **per_sample: Tensor) -> None:
+def _check(x: Tensor, *, weight: Tensor | None = None, **tensors: Tensor) -> None:
+    """Refuses what does not fit: y is like x, the others are one vector a sample."""
     check_floating("x", x)
     check_shape("x", x, "B", "N", "D")
-    for name, tensor, shape in (
-        ("y", y, x.shape),
-        *((name, tensor, (x.shape[0], x.shape[2])) for name, tensor in per_sample.items()),
-        ("weight", weight, x.shape[2:]),
-    ):
+    for name, tensor in tensors.items():
         check_floating(name, tensor)
-        check_shape(name, tensor, *shape)
-    check_same_device(x=x, y=y, weight=weight, **per_sample)
+        check_shape(name, tensor, *(x.shape if name == "y" else (x.shape[0], x.shape[2])))
+    check_floating("weight", weight, optional=True)
+    check_shape("weight", weight, x.shape[2])
+    check_same_device(x=x, weight=weight, **tensors)
 
 
 def _shape_class(x: Tensor, *_: object) -> str:

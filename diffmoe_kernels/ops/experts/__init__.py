@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def experts(
     tensors = {"x": x, "up_proj": up_proj, "down_proj": down_proj}
     tensors |= {"up_bias": up_bias, "down_bias": down_bias, "residual": residual}
     for name, tensor in tensors.items():
-        check_floating(name, tensor)
+        check_floating(name, tensor, optional=name in ("up_bias", "down_bias", "residual"))
     check_shape("x", x, routing.num_tokens, "D")
     hidden_size, num_experts = x.shape[1], routing.num_experts
     check_shape("down_proj", down_proj, num_experts, hidden_size, "I")
@@ -94,6 +96,10 @@ def _shape_class(x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor
     return experts_class(routing.num_rows, routing.num_experts, down_proj.shape[2], x.dtype, training)
 
 
+def _grouped_mm_loses(x: Tensor, *args: Any, **options: Any) -> bool:
+    return grouped_mm_waits(x) or _torch.why_not(x, *args, **options) is not None
+
+
 _IMPLEMENTATIONS = {
     "torch": Implementation(_torch.experts_torch, _torch.why_not),
     "reference": Implementation(experts_reference),
@@ -107,7 +113,7 @@ if HAS_TRITON:
         "triton": Implementation(
             partial(_library.experts_on_kernels, products="triton"),
             _library.why_not,
-            automatic=fastest("experts", "triton", _shape_class, rival_waits=grouped_mm_waits),
+            automatic=fastest("experts", "triton", _shape_class, rival_loses=_grouped_mm_loses),
         ),
         **_IMPLEMENTATIONS,
     }

@@ -39,7 +39,7 @@ def activated(h, ACTIVATION: tl.constexpr):
 
 # x (T, D), token_indices (R,), up (E, U, D) or a descriptor of its tiles, bias (E, U), group_offsets (E,)
 # -> pre (R, U), hidden (R, I)
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _up_kernel(
     x,
     token_indices,

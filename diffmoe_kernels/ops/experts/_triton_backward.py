@@ -80,7 +80,7 @@ def products_with_bias(grad, source, group, bias, valid, hidden_size: tl.constex
 # grad_out (T, D), token_indices (R,), gates (R,), down (E, D, I) or a descriptor of its tiles, pre (R, U),
 # group_offsets (E,) -> grad_pre (R, U), weighted (R, I): gates * activation, grad_gates (tiles of I, R): parts of the
 # gates' gradients
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _down_backward_kernel(
     grad_out,
     token_indices,
@@ -163,13 +163,13 @@ def _gate_gradients_kernel(
     hidden_size: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
-    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = rows < tl.load(group_offsets + num_groups - 1)
-    part = tl.arange(0, PARTS)
+    part = tl.arange(0, BLOCK_P)
     at = part.to(tl.int64)[:, None] * num_rows + rows[None, :]
     total = tl.sum(tl.load(parts + at, mask=(part < num_parts)[:, None] & valid[None, :], other=0.0), 0)
     if HAS_BIAS:
@@ -232,8 +232,8 @@ def down_backward(
     parts = launch(tile or best_product_tile("down_backward", launch, sizes, pre.dtype, activation, paired=True))
     has_bias = down_bias is not None
     block_c = min(next_power_of_2(depth), COLUMNS)
-    num_parts = next_power_of_2(parts.shape[0])
-    block_r = max(ELEMENTS_BACKWARD // (block_c if has_bias else num_parts), 4)
+    block_p = next_power_of_2(parts.shape[0])
+    block_r = max(ELEMENTS_BACKWARD // (block_c if has_bias else block_p), 4)
     _gate_gradients_kernel[(triton.cdiv(num_rows, block_r),)](
         parts,
         group_offsets,
@@ -247,7 +247,7 @@ def down_backward(
         hidden_size=depth,
         HAS_BIAS=has_bias,
         GROUPS=next_power_of_2(num_groups),
-        PARTS=num_parts,
+        BLOCK_P=block_p,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
     )

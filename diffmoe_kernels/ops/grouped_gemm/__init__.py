@@ -83,6 +83,10 @@ def _shape_class(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None)
     return experts_class(num_rows, offs.shape[0], min(x.shape[-1], w.shape[-1]), x.dtype, training)
 
 
+def _grouped_mm_loses(x: Tensor, *args: Tensor | None) -> bool:
+    return _torch.waits(x) or _torch.why_not(x, *args) is not None
+
+
 _IMPLEMENTATIONS = {
     "torch": Implementation(_torch.grouped_gemm_torch, _torch.why_not),
     "reference": Implementation(grouped_gemm_reference),
@@ -94,7 +98,7 @@ if HAS_TRITON:
         "triton": Implementation(
             _library.grouped_gemm_triton,
             _library.why_not,
-            automatic=fastest("grouped_gemm", "triton", _shape_class, rival_waits=_torch.waits),
+            automatic=fastest("grouped_gemm", "triton", _shape_class, rival_loses=_grouped_mm_loses),
         ),
         **_IMPLEMENTATIONS,
     }

@@ -69,7 +69,7 @@ def _clear_rows(out, first, num_rows, num_columns: tl.constexpr, BLOCK_M: tl.con
 
 # x (R, K), w (E, K, N), bias (E, N), group_offsets (E,) -> out (R, N); with DESCRIPTORS x and w are descriptors of
 # tiles, and w is one of (E, N, K) where K_INNER
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rows_kernel(
     x,
     w,

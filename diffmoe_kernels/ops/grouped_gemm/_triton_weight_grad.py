@@ -16,7 +16,7 @@ from diffmoe_kernels.triton_support import Tile, input_precision
 
 
 # a (R, M) or (T, M) gathered, b (R, N) or (T, N) gathered -> out (E, M, N)
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _weight_grad_kernel(
     a,
     b,

@@ -114,7 +114,10 @@ def _fitted(tile: Tile, num_columns: int, dtype: torch.dtype) -> Tile:
     while n >= 128 and num_columns <= n // 2:
         n //= 2
         warps = max(warps // 2, 4)
-    return replace(tile, n=n, warps=warps, k=tile.k * 2 // dtype.itemsize)
+    # Warp-group products of TF32 want both factors with the depth side by side. What comes by descriptors as it lies
+    # would be turned between two products, neither of which could overlap the other.
+    descriptors = tile.descriptors and dtype != torch.float32
+    return replace(tile, n=n, warps=warps, k=tile.k * 2 // dtype.itemsize, descriptors=descriptors)
 
 
 def candidates(dtype: torch.dtype, *, paired: bool = False, weight_grad: bool = False) -> Iterator[Tile]:

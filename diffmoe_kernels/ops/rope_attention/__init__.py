@@ -116,7 +116,7 @@ def rope_attention(
     for name, tensor in norms.items():
         if qk_norm is None and tensor is not None:
             raise ValueError(f"qk_norm: expected the norm that {name} belongs to, got None")
-        check_floating(name, tensor)
+        check_floating(name, tensor, optional=True)
         check_shape(name, tensor, head_dim)
     check_same_device(qkv=qkv, cos=cos, sin=sin, **halves, **norms)
     return run(

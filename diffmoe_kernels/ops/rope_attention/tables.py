@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -25,18 +27,31 @@ def rope_table(
         cos, sin: (N, head_dim / 2) float32.
 
     Raises:
-        ValueError: an unknown rope or a head_dim that does not divide.
+        TypeError: a grid_size that is not made of integers.
+        ValueError: an unknown rope, a head_dim that does not divide, or a grid_size that is not one or two sizes of 0
+            or more.
     """
     check_rope(rope, head_dim)
+    rows, columns = grid_of(rope, grid_size)
     if rope == "1d":
-        length = grid_size if isinstance(grid_size, int) else grid_size[0] * grid_size[1]
-        angles = _angles(length, head_dim, base, device)  # (N, head_dim / 2)
+        angles = _angles(rows * columns, head_dim, base, device)  # (N, head_dim / 2)
     else:
-        rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
         by_row = _angles(rows, head_dim // 2, base, device).repeat_interleave(columns, dim=0)
         by_column = _angles(columns, head_dim // 2, base, device).repeat(rows, 1)
         angles = torch.cat([by_row, by_column], dim=1)
     return angles.cos(), angles.sin()
+
+
+def grid_of(rope: str | None, grid_size: tuple[int, int] | int) -> tuple[int, int]:
+    """(rows, columns) of a grid_size as `rope_table` takes it, which raises for others as told there."""
+    sizes = grid_size if isinstance(grid_size, tuple | list) else (1, grid_size) if rope == "1d" else (grid_size,) * 2
+    try:
+        sizes = tuple(map(operator.index, sizes))
+    except TypeError:
+        raise TypeError(f"grid_size: expected integers, got {grid_size!r}") from None
+    if len(sizes) != 2 or min(sizes) < 0:
+        raise ValueError(f"grid_size: expected one or two sizes of 0 or more, got {grid_size!r}")
+    return sizes
 
 
 def check_rope(rope: str, head_dim: int) -> None:

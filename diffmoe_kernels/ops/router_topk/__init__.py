@@ -56,7 +56,7 @@ def router_topk(
     check_floating("router_logits", router_logits)
     check_shape("router_logits", router_logits, "T", "E")
     num_experts = router_logits.shape[1]
-    check_floating("expert_bias", expert_bias)
+    check_floating("expert_bias", expert_bias, optional=True)
     check_shape("expert_bias", expert_bias, num_experts)
     check_same_device(router_logits=router_logits, expert_bias=expert_bias)
     check_router(num_experts, top_k, score_function, num_groups, top_groups, masked_group_fill)

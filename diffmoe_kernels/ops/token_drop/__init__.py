@@ -170,7 +170,7 @@ def token_choice_drop(
 
     Raises:
         TypeError: ids that are not signed integers or scores that are not floating.
-        ValueError: shapes that differ, or a negative capacity.
+        ValueError: shapes that differ, num_experts < 1, or a negative capacity.
     """
     check_integer("topk_ids", topk_ids)
     if not topk_ids.dtype.is_signed:
@@ -179,6 +179,8 @@ def token_choice_drop(
     check_shape("topk_ids", topk_ids, "T", "K")
     check_shape("drop_scores", drop_scores, *topk_ids.shape)
     check_same_device(topk_ids=topk_ids, drop_scores=drop_scores)
+    if num_experts < 1:
+        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
     if expert_capacity < 0:
         raise ValueError(f"expert_capacity: expected 0 or more, got {expert_capacity}")
     return run("token_choice_drop", backend, _TOKEN_CHOICE, topk_ids, drop_scores, num_experts, expert_capacity)
