@@ -32,7 +32,7 @@ class RoPEAttention(nn.Module):
         grid_size: the token grid without prefix tokens, (rows, columns) or the side of a square; one int is the number
             of tokens for "1d". Where None it is read off each input: N tokens for "1d", a square for the others.
         num_prefix_tokens: leading tokens that are not rotated.
-        backend: see `diffmoe_kernels.backend`.
+        backend: any but "cuda"; see `diffmoe_kernels.backend`.
 
     Raises:
         ValueError: sizes that do not fit each other, unknown names.

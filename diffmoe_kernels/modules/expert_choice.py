@@ -69,7 +69,7 @@ class ExpertChoiceMoE(Float32Buffers):
         max_capacity_factor: at inference an expert takes at most int(S / E * max_capacity_factor) tokens, but one if
             that is 0, drops those of the lowest score and counts them; None bounds it by S, all tokens.
         threshold_decay: of the thresholds' moving average.
-        backend: of the choice and the experts; see `diffmoe_kernels.backend`.
+        backend: of the choice and the experts, which have no "cuda"; see `diffmoe_kernels.backend`.
 
     Raises:
         ValueError: sizes that do not fit each other, unknown names.

@@ -78,7 +78,7 @@ class MoE(nn.Module):
             those of the lowest weight, in training and in evaluation; None keeps all.
         balance: None, "bias" (rate 0.001), "loss" (weight 0.01) or a `Balance`.
         dropout: on the activation, in training.
-        backend: of the router and the experts; see `diffmoe_kernels.backend`.
+        backend: of the router and the experts, which have no "cuda"; see `diffmoe_kernels.backend`.
         masked_group_fill: score of the experts of groups that were not chosen; see `ops.router_topk`.
 
     Raises:
