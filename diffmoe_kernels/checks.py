@@ -48,6 +48,13 @@ def _check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
+def check_whole(**counts: int) -> None:
+    """Raises TypeError for a count that is a float."""
+    for name, count in counts.items():
+        if isinstance(count, float):
+            raise TypeError(f"{name}: expected an integer, got {count!r}")
+
+
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raises ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -188,6 +188,7 @@ LOGITS = torch.zeros(5, 6)
             {"score_function": "relu"},
         ),
         (ValueError, "num_groups: expected a divisor of num_experts = 6, got 4", LOGITS, {"num_groups": 4}),
+        (TypeError, "num_groups: expected an integer, got 2.0", LOGITS, {"num_groups": 2.0}),
         (ValueError, "num_groups: expected a divisor of num_experts = 6, got 0", LOGITS, {"num_groups": 0}),
         (ValueError, "top_groups: expected 1 to num_groups = 2, got 3", LOGITS, {"num_groups": 2, "top_groups": 3}),
         (

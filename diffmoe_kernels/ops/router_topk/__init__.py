@@ -8,7 +8,14 @@ from functools import partial
 from torch import Tensor
 
 from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, plain, run
-from diffmoe_kernels.checks import check_choice, check_floating, check_integer, check_same_device, check_shape
+from diffmoe_kernels.checks import (
+    check_choice,
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_shape,
+    check_whole,
+)
 from diffmoe_kernels.measured import fastest, tokens_class
 from diffmoe_kernels.ops.router_topk._library import router_topk_on_kernels
 from diffmoe_kernels.ops.router_topk.reference import RouterTopK, router_topk_reference
@@ -112,7 +119,8 @@ def check_router(
     top_groups: int = 1,
     masked_group_fill: float = -math.inf,
 ) -> None:
-    """Raises ValueError where a token-choice router of these sizes can't choose ``top_k`` experts."""
+    """Raises ValueError where a token-choice router of these sizes can't choose ``top_k``, TypeError for a float."""
+    check_whole(num_experts=num_experts, top_k=top_k, num_groups=num_groups, top_groups=top_groups)
     check_choice("score_function", score_function, SCORE_FUNCTIONS)
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k: expected 1 to num_experts = {num_experts}, got {top_k}")

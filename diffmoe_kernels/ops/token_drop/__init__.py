@@ -14,7 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, plain, run
-from diffmoe_kernels.checks import check_choice, check_floating, check_integer, check_same_device, check_shape
+from diffmoe_kernels.checks import (
+    check_choice,
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_shape,
+    check_whole,
+)
 from diffmoe_kernels.measured import fastest, tokens_class
 from diffmoe_kernels.ops.token_drop._library import (
     token_choice_drop_on_kernels,
@@ -56,6 +63,7 @@ def token_drop(
     """
     _check_scores(router_scores)
     num_tokens = router_scores.shape[0]
+    check_whole(num_pools=num_pools)
     if num_pools < 1 or num_tokens % num_pools:
         raise ValueError(f"num_pools: expected a divisor of the {num_tokens} tokens, got {num_pools}")
     _check_capacity("expert_capacity", expert_capacity, num_tokens // num_pools)
@@ -179,6 +187,7 @@ def token_choice_drop(
     check_shape("topk_ids", topk_ids, "T", "K")
     check_shape("drop_scores", drop_scores, *topk_ids.shape)
     check_same_device(topk_ids=topk_ids, drop_scores=drop_scores)
+    check_whole(num_experts=num_experts, expert_capacity=expert_capacity)
     if num_experts < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
     if expert_capacity < 0:
@@ -192,6 +201,7 @@ def _check_scores(router_scores: Tensor) -> None:
 
 
 def _check_capacity(name: str, capacity: int, most: int) -> None:
+    check_whole(**{name: capacity})
     if not 0 <= capacity <= most:
         raise ValueError(f"{name}: expected 0 to {most}, the tokens to choose from, got {capacity}")
 
