@@ -255,7 +255,9 @@ def padded(routing: Routing) -> tuple[Routing, Tensor]:
     places = torch.arange(routing.num_rows, device=sizes.device) + shift[routing.row_experts]
     tokens = routing.token_indices.new_zeros(int(ends[-1])).index_copy(0, places, routing.token_indices)
     gates = routing.gates.detach().new_zeros(len(tokens))
-    return Routing(tokens, gates, ends.int(), routing.token_offsets, places[routing.token_rows.long()].int()), places
+    token_rows = torch.zeros_like(tokens)  # past the true count none is read
+    token_rows[: routing.num_rows] = places[routing.token_rows.long()].int()
+    return Routing(tokens, gates, ends.int(), routing.token_offsets, token_rows), places
 
 
 def topology(block_experts: Tensor, blocks: int, num_experts: int) -> tuple[Tensor, ...]:

@@ -349,7 +349,7 @@ def test_float16_tables_of_another_kind_are_refused() -> None:
     qkv, (cos, sin) = torch.zeros(1, 4, 3, 2, 8), ops.rope_table("1d", 8, 4)
     for tables, error, message in (
         ((cos, sin), TypeError, "float16_cos: expected torch.float16, got torch.float32"),
-        ((cos.half(), None), TypeError, "float16_sin: expected torch.float16, got None"),
+        ((cos.half(), None), TypeError, "float16_sin: expected a tensor, got NoneType"),
         ((cos.half(), sin.half()[:3]), ValueError, r"float16_sin: expected shape \(4, 4\), got \(3, 4\)"),
         ((cos.half(),), TypeError, "float16_tables: expected a tuple of two tensors, got tuple"),
         (torch.stack([cos, sin]).half(), TypeError, "float16_tables: expected a tuple of two tensors, got Tensor"),

@@ -103,8 +103,8 @@ def rope_attention(
         for name, table in halves.items():
             check_floating(name, table)
             check_shape(name, table, *cos.shape)
-            if table is None or table.dtype != torch.float16:
-                raise TypeError(f"{name}: expected torch.float16, got {None if table is None else table.dtype}")
+            if table.dtype != torch.float16:
+                raise TypeError(f"{name}: expected torch.float16, got {table.dtype}")
     if qk_norm is not None:
         check_choice("qk_norm", qk_norm, QK_NORMS)
     norms = {
