@@ -130,7 +130,8 @@ def test_rows_are_padded_to_blocks() -> None:
     assert (padded.group_sizes % 128 == 0).all() and (padded.group_sizes - routing.group_sizes < 128).all()
     assert torch.equal(padded.token_indices[places], routing.token_indices)
     assert torch.equal(padded.row_experts[places], routing.row_experts)
-    assert torch.equal(places[routing.token_rows.long()], padded.token_rows.long())
+    assert torch.equal(places[routing.token_rows.long()], padded.token_rows[: routing.num_rows].long())
+    assert padded.token_rows.shape == padded.token_indices.shape
 
 
 def test_topology_of_both_orders() -> None:
