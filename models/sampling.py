@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,49 +18,13 @@ def balanced_labels(num_samples: int, classes: Sequence[int]) -> Tensor:
     return torch.tensor(classes, dtype=torch.int64).repeat(-(-num_samples // len(classes)))[:num_samples]
 
 
-def sample_images(
-    model: nn.Module,
-    labels: Tensor,
-    *,
-    objective: Objective | None = None,
-    seed: int = 0,
-    steps: int | None = None,
-    method: Method | None = None,
-    cfg_scale: float = 1.0,
-    batch_size: int = 256,
-    precision: Precision = "float32",
-    first: int = 0,
-) -> Tensor:
-    """Images of the given labels; all noise of image i depends on `seed` and i alone.
-
-    Neither `batch_size` nor the device changes that noise, and torch's global generators are left as they are.
-
-    Args:
-        model: in evaluation mode.
-        labels: (N,) int64 in [0, model.num_classes), or model.null_label.
-        objective: that the model was trained with; by default the one of its family.
-        steps, method, cfg_scale: see `Objective.sample`.
-        precision: "bfloat16" runs the model under autocast; the sampler's own arithmetic is float32.
-        first: i of the first label, for a part of a larger run.
+def sample_images(model: nn.Module, labels: Tensor, *, precision: Precision = "float32", **options: Any) -> Tensor:
+    """Images of the given labels: all that `sample_batches` yields, which has the arguments, as one.
 
     Returns:
         (N, C, H, W) float32 on the CPU, about [-1, 1], not clipped; latents of a latent model.
-
-    Raises:
-        TypeError, ValueError: as `Objective.sample` does.
     """
-    batches = sample_batches(
-        model,
-        labels,
-        objective=objective,
-        seed=seed,
-        steps=steps,
-        method=method,
-        cfg_scale=cfg_scale,
-        batch_size=batch_size,
-        precision=precision,
-        first=first,
-    )
+    batches = sample_batches(model, labels, precision=precision, **options)
     with experts_cast_once(model, precision):
         return torch.cat([batch.cpu() for batch in batches])
 
@@ -77,9 +42,24 @@ def sample_batches(
     precision: Precision = "float32",
     first: int = 0,
 ) -> Iterator[Tensor]:
-    """What `sample_images` returns, which has the arguments, `batch_size` images at a time, on the model's device.
+    """Images of the given labels, `batch_size` at a time; all noise of image i depends on `seed` and i alone.
 
-    In "bfloat16" each call of the model casts the experts' weights, unless the caller holds `experts_cast_once`.
+    Neither `batch_size` nor the device changes that noise, and torch's global generators are left as they are.
+
+    Args:
+        model: in evaluation mode.
+        labels: (N,) int64 in [0, model.num_classes), or model.null_label.
+        objective: that the model was trained with; by default the one of its family.
+        steps, method, cfg_scale: see `Objective.sample`.
+        precision: "bfloat16" runs the model under autocast; the sampler's own arithmetic is float32. Each call of the
+            model casts the experts' weights, unless the caller holds `experts_cast_once`.
+        first: i of the first label, for a part of a larger run.
+
+    Yields:
+        (batch_size or fewer, C, H, W) float32 on the model's device.
+
+    Raises:
+        TypeError, ValueError: as `Objective.sample` does.
     """
     if batch_size < 1 or len(labels) < 1:
         raise ValueError(f"batch_size and labels: expected at least 1 of each, got {batch_size} and {len(labels)}")

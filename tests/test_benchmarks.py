@@ -241,6 +241,15 @@ def table(data: dict) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in rows}
 
 
+def test_a_long_reason_does_not_widen_the_table() -> None:
+    data = results()
+    data["benchmarks"] = []
+    for one in data["not_run"]:
+        one["reason"] = "out of memory " * 40
+    reached = [cells[-1] for cells in table(data).values()]
+    assert any(cell.endswith("memory...") for cell in reached) and max(map(len, reached)) < 120
+
+
 def test_goals_of_a_file() -> None:
     rows = table(results())
     assert len(rows) == len(goals.GOALS) + 2  # and the head

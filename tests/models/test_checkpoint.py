@@ -259,6 +259,13 @@ def test_shared_experts_have_the_official_widths() -> None:
         assert state[f"blocks.1.mlp.shared_experts.{key}"].shape == (width, 48)
 
 
+@pytest.mark.parametrize("stages", [{"capacity_schedule_stage_I_iters": 10}, True])
+def test_a_capacity_schedule_without_its_stages(stages) -> None:
+    moe = DIFFMOE["MoE_config"] | {"capacity_schedule": stages}
+    with pytest.raises(ValueError, match="capacity_schedule: expected capacity_schedule_stage_I_iters and"):
+        build_official("models.models_DiffMoE.DiT", DIFFMOE | {"MoE_config": moe})
+
+
 def test_capacity_schedule_of_an_official_file() -> None:
     stages = {"capacity_schedule_stage_I_iters": 10, "capacity_schedule_stage_II_iters": 30}
     moe = DIFFMOE["MoE_config"] | {"capacity_schedule": stages}
