@@ -2,7 +2,22 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+
+@contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Processes that start within never get SIGINT; this one gets at the end what came meanwhile.
+
+    Ctrl-C reaches all processes of a terminal: those that load images go on until the trainer ends them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopOnSignal:

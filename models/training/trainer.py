@@ -33,7 +33,7 @@ from models.training.checkpoints import (
     save_checkpoint,
 )
 from models.training.config import TrainConfig
-from models.training.interrupt import StopOnSignal
+from models.training.interrupt import StopOnSignal, hold_interrupts
 from models.training.loading import check_model_config, load_weights, model_overrides, pick_device
 from models.training.logs import RunLog, read_metrics, save_loss_curves
 
@@ -300,16 +300,16 @@ class Trainer:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = ShuffledBatches(len(self.data.train), self.config.batch_size, self.config.seed, start=self.step)
-        return iter(
-            DataLoader(
-                self.data.train,
-                batch_sampler=order,
-                num_workers=self.config.workers,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # else it would draw from the global one, once per process
-                worker_init_fn=_leave_interrupts,
-            )
+        loader = DataLoader(
+            self.data.train,
+            batch_sampler=order,
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the global one, once per process
+            worker_init_fn=_ignore_interrupts,  # a start method other than fork lets go of what is held
         )
+        with hold_interrupts():
+            return iter(loader)
 
     def _reason_to_end(self, stop: StopOnSignal, deadline: float) -> str | None:
         if stop.requested:
@@ -351,8 +351,7 @@ class Trainer:
         )
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; this one ends when the trainer does."""
+def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

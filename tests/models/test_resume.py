@@ -177,6 +177,7 @@ def start(code: list[str], config: TrainConfig) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -200,15 +201,17 @@ def test_sigkill_while_writing_a_checkpoint_leaves_the_previous_one(tmp_path):
     assert not torn.exists()
 
 
-def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_cleanly_with_a_checkpoint(workers, tmp_path):
+    """A terminal sends it to all processes, the loading ones among them."""
     run = tmp_path / "run"
-    config = tiny(run, steps=10**6)
+    config = tiny(run, steps=10**6, workers=workers)
     process = start(["-m", "models.train"], config)
     deadline = time.monotonic() + 60
     while not ((run / "metrics.jsonl").exists() and read_metrics(run)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
 
     assert process.returncode == 0
@@ -336,15 +339,13 @@ def test_an_option_that_a_run_did_not_have_is_its_default(tmp_path):
     assert Trainer(tiny(run, steps=3), resume=True).step == 2
 
 
-def test_loading_processes_leave_ctrl_c_to_the_trainer(tmp_path):
-    """A terminal sends it to all of them."""
-    trainer = Trainer(tiny(tmp_path / "run", workers=2))
-    batches = trainer._batches()
-    next(batches)
+def test_ctrl_c_never_reaches_the_loading_processes(tmp_path):
+    """From their first moment on: an interrupt between their start and their first line would end them, too."""
+    batches = Trainer(tiny(tmp_path / "run", workers=2))._batches()
     for worker in batches._workers:
-        os.kill(worker.pid, signal.SIGINT)
-    for _ in range(6):  # more than were loaded ahead
-        trainer.train_step(*next(batches))
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{worker.pid}/status").read_text().splitlines())
+        assert int(status["SigBlk"], 16) >> (signal.SIGINT - 1) & 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_record_that_a_stop_divides_is_whole(tmp_path):
