@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -139,12 +140,15 @@ def drop_with(backend: str) -> Callable[..., Routing]:
     return lambda scores, given, shape: ops.token_drop(scores, choice_capacity(shape), backend=backend)
 
 
-def predicted_with(backend: str) -> Callable[..., Routing]:
-    """A prediction of 0.3 or more passes, about one in eight of the scores' softmax."""
+@functools.cache
+def thresholds(num_experts: int, device: torch.device) -> Tensor:
+    """A prediction of 0.3 or more passes, about one in eight of the scores' softmax. Made before times are taken."""
+    return torch.full((num_experts,), 0.3, device=device).sigmoid()
 
+
+def predicted_with(backend: str) -> Callable[..., Routing]:
     def predicted(scores: Tensor, given: tuple, shape: Shape) -> Routing:
-        thresholds = torch.full((shape.experts,), 0.3, device=scores.device).sigmoid()
-        return ops.token_drop_predicted(scores, scores, thresholds, backend=backend)[0]
+        return ops.token_drop_predicted(scores, scores, thresholds(shape.experts, scores.device), backend=backend)[0]
 
     return predicted
 

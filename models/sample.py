@@ -111,6 +111,9 @@ class SampleConfig(SamplerConfig):
         require(self, "first", self.first >= 0, "at least 0")
         fine = self.join is None or self.part_size is not None
         require(self, "join", fine, "left out without --part-size, since all is in one file already")
+        reason = "left out with --first: when all are there, the command for all of them with --join joins them"
+        require(self, "join", self.join is None or self.first == 0, reason)
+        require(self, "join", self.join is None or not Path(self.join).is_dir(), "the path of a file")
         fine = self.model is None or self.official is None
         require(self, "model", fine, "left out with --official")
         require(self, "classes", self.classes is None or not self.unconditional, "left out with --unconditional")

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         result = trainer.fit()
-    except (NonFiniteError, NotImplementedError, ValueError) as error:  # weights, a backend, an unreadable image
+    except (NonFiniteError, NotImplementedError, OSError, ValueError) as error:  # weights, a backend, an image, a disk
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -10,6 +10,7 @@ from diffmoe_kernels import RoPEAttention, ops
 from diffmoe_kernels.testing import assert_error_within
 from diffmoe_kernels.triton_support import HAS_TRITON
 from tests.sanitizer import sanitized
+from tests.test_gpu_kernels import FACTOR
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TRITON, reason="needs triton")]
 
@@ -65,7 +66,7 @@ def test_as_accurate_as_pytorch(name, dtype) -> None:
     exact = run({key: one.double() for key, one in rounded.items()}, options, torch.float64, "reference", dtype)
     plain, ours = (run(rounded, options, dtype, backend) for backend in ("torch", "triton"))
     for key, expected in exact.items():
-        assert_error_within(ours[key], plain[key], expected, name=f"{name}, {key}, {dtype}")
+        assert_error_within(ours[key], plain[key], expected, FACTOR[dtype], name=f"{name}, {key}, {dtype}")
 
 
 @pytest.mark.parametrize("name", ["DSMoE-S", "JiT-L"])
@@ -143,10 +144,11 @@ print("all ran")
 
 
 def test_no_bad_address() -> None:
-    done = sanitized("memcheck", SANITIZED, kernels="ward_kernel")
-    assert done.returncode == 0 and "all ran" in done.stdout, done.stdout[-3000:]
+    output, faults = sanitized("memcheck", SANITIZED, kernels="ward_kernel")
+    assert not faults and "all ran" in output, output[-3000:]
 
 
 def test_a_bad_address_is_found() -> None:
     """So that the test above looks at these kernels."""
-    assert sanitized("memcheck", SANITIZED, "wrong", kernels="ward_kernel").returncode == 9
+    output, faults = sanitized("memcheck", SANITIZED, "wrong", kernels="ward_kernel")
+    assert faults, output[-3000:]

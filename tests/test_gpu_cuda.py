@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -250,14 +249,14 @@ print("all ran")
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_no_bad_address_and_no_race(tool: str) -> None:
-    done = sanitized(tool, SANITIZED, kernels="diffmoe")
-    assert done.returncode == 0 and "all ran" in done.stdout, done.stdout[-3000:]
-    assert re.search(r"ERROR SUMMARY: 0 errors|\b0 hazards", done.stdout), done.stdout[-3000:]
+    output, faults = sanitized(tool, SANITIZED, kernels="diffmoe")
+    assert not faults and "all ran" in output, output[-3000:]
 
 
 def test_a_bad_address_is_found() -> None:
     """So that the test above looks at this project's kernels."""
-    assert sanitized("memcheck", SANITIZED, "wrong", kernels="diffmoe").returncode == 9
+    output, faults = sanitized("memcheck", SANITIZED, "wrong", kernels="diffmoe")
+    assert faults, output[-3000:]
 
 
 def test_a_failed_launch_names_the_kernel(capfd) -> None:

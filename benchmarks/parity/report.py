@@ -28,7 +28,7 @@ KID: kernel distance of the same features, mean of the seeds, with its error bet
 nearer to training images: share of samples nearer to one than the median held-out image is; 50% is fresh."""
 NOTES_OF_FID = """FID by DiT's protocol, lower is better. The .npz of every run is what the ADM evaluator reads.
 published: FID-50K of 256x256 ImageNet as the DSMoE and JiTMoE authors report it (github.com/yhlleo/EfficientMoE), the
-latent models at guidance 1 after 700,000 steps."""
+latent models at guidance 1 after 700,000 steps, JiT and JiTMoE guided within an interval after 200 epochs."""
 
 
 @dataclass(frozen=True)

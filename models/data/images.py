@@ -102,6 +102,7 @@ def save_grid(
 
 def _cut(text: str, width: int, length: Callable[[str], float]) -> str:
     """The text, or as much of its beginning as is no longer than `width` with an ellipsis."""
+    text = " ".join(text.split())  # the name of a folder may hold a line break, which can't be drawn
     cuts = (f"{text[:end].rstrip()}..." for end in range(len(text) - 1, 0, -1))
     return text if length(text) <= width else next((cut for cut in cuts if length(cut) <= width), text[:1])
 

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -80,7 +81,7 @@ class InceptionFeatures(nn.Module):
         if images.ndim != 4 or images.shape[-1] != 3 or images.numel() == 0:
             raise ValueError(f"images must be (N, H, W, 3) with at least one image, got shape {tuple(images.shape)}")
         x = resize_as_tensorflow(images.permute(0, 3, 1, 2).float(), INPUT_SIDE)  # (N, 3, 299, 299)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with _exact_convolutions():
             return self._forward((x - 128) / 128)
 
     def _forward(self, x: Tensor) -> InceptionOutput:
@@ -95,6 +96,22 @@ class InceptionFeatures(nn.Module):
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (N, 2048, 8, 8)
         features = x.mean((2, 3))
         return InceptionOutput(features, spatial, features @ self.fc.weight.T)
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """`torch.backends.cudnn.flags` raises where a process has one TF32 setting for convolutions and another for all."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    settings = [(cudnn.conv, "fp32_precision", "ieee"), (mkldnn.conv, "fp32_precision", "ieee")]
+    settings += [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]
+    before = [getattr(owner, name) for owner, name, _ in settings]
+    try:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)
 
 
 @torch.no_grad()

@@ -143,5 +143,10 @@ def _odeint() -> Callable[..., Tensor]:
 
 def _dopri5(velocity: Velocity, z: Tensor, rtol: float, atol: float) -> Tensor:
     ends = torch.tensor([0.0, 1.0], device=z.device)
-    path = _odeint()(lambda t, z: velocity(z, t.item()), z, ends, rtol=rtol, atol=atol, method="dopri5")
-    return path[-1]
+    odeint = _odeint()
+    try:
+        return odeint(lambda t, z: velocity(z, t.item()), z, ends, rtol=rtol, atol=atol, method="dopri5")[-1]
+    except AssertionError as error:  # its word for a step of 0
+        raise ValueError(
+            f"dopri5 finds no step ({error}): the model's output is not finite, or changes too fast"
+        ) from error

@@ -1,9 +1,9 @@
 """Checkpoint files: written whole or not at all, read without running code from them."""
 
-import pickle
+import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -22,16 +22,33 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run directory, newest first."""
-    return sorted(checkpoint_path(run, 0).parent.glob("step-*.pt"), reverse=True)
+    """The checkpoints of a run directory, newest first. Files of other names, such as copies, are the user's own."""
+    found = (path for path in checkpoint_path(run, 0).parent.glob("step-*.pt") if _step_of(path) is not None)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int | None:
+    name = re.fullmatch(r"step-(\d{8,})\.pt", path.name)
+    return int(name[1]) if name else None
 
 
 def save_checkpoint(run: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state` as the checkpoint of `state["step"]`, then delete older ones so that `keep` remain."""
+    """Write `state` as the checkpoint of `state["step"]`, then delete older ones so that `keep` remain.
+
+    Raises:
+        OSError: it can't be written.
+    """
     path = checkpoint_path(run, state["step"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
-    older = [other for other in list_checkpoints(run) if other.name < path.name]  # newer ones were unreadable
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{path} can't be written: {error}") from error
+
+    write_atomically(path, write)
+    older = [other for other in list_checkpoints(run) if _step_of(other) < state["step"]]  # newer ones were unreadable
     for superseded in [*older[keep - 1 :], *path.parent.glob(".*.tmp")]:
         superseded.unlink()
     return path
@@ -47,7 +64,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not exist: pass a run directory or one of its checkpoints/step-*.pt files")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler raises nearly all there are
         raise CheckpointError(
             f"{path} can't be read as a checkpoint ({type(error).__name__}): it is truncated, damaged or another kind "
             "of file. Pass another checkpoint of the run, or its directory for the newest readable one"

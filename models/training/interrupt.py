@@ -7,19 +7,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-@contextmanager
-def hold_interrupts() -> Iterator[None]:
-    """Processes that start within never get SIGINT; this one gets at the end what came meanwhile.
-
-    Ctrl-C reaches all processes of a terminal: those that load images go on until the trainer ends them.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class StopOnSignal:
     """While entered, the first SIGINT or SIGTERM only sets `requested`; a second one acts as usual.
 
@@ -47,3 +34,17 @@ class StopOnSignal:
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Processes that start within never get SIGINT or SIGTERM; this one gets at the end what came meanwhile.
+
+    Ctrl-C reaches all processes of a terminal, `timeout` and batch systems send SIGTERM to all of a group: those that
+    load images go on until the trainer ends them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopOnSignal.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

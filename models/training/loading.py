@@ -63,6 +63,17 @@ def model_overrides(options: dict[str, Any], data: DataSplits) -> dict[str, Any]
     return {**options, **geometry}
 
 
+def trainable_model(name: str, overrides: dict[str, Any]) -> nn.Module:
+    """`create_model`, but that without label dropout nothing is the label of no class.
+
+    JiT has an embedding for that all the same, which official checkpoints bring and training would leave at random.
+    """
+    model = create_model(name, **overrides)
+    if model.config.class_dropout_prob == 0:
+        model.y_embedder.null_label = None
+    return model
+
+
 def check_model_config(model: nn.Module, state: dict[str, Any], path: Path) -> None:
     """Refuse a checkpoint of a model with another config than `model`, naming the field and both values."""
     saved, now = state["model_config"], dataclasses.asdict(model.config)
@@ -106,7 +117,7 @@ def load_trained(
             f"{path} holds no {weights!r} weights: its run had no --ema-decay2; ask for 'ema' or 'model'"
         )
     # A run on a GPU's kernels is sampled on any machine.
-    model = create_model(state["model_name"], **{**state["model_overrides"], "backend": "auto"})
+    model = trainable_model(state["model_name"], {**state["model_overrides"], "backend": "auto"})
     check_model_config(model, state, path)
     load_weights(model, state[weights], path)
     options = state["train_config"]
@@ -116,7 +127,7 @@ def load_trained(
 
 
 def load_published(checkpoint: Path | str, official: Path, *, weights: Weights | None = None) -> nn.Module:
-    """An official model with the weights of a file as its authors publish it, in evaluation mode.
+    """An official model with the weights of a file as its authors publish it, in float32 and evaluation mode.
 
     Args:
         checkpoint: see `models.checkpoint.load_official`.
@@ -132,7 +143,7 @@ def load_published(checkpoint: Path | str, official: Path, *, weights: Weights |
     if not isinstance(content, dict) or not {"target", "params"} <= content.keys():
         raise ValueError(f"{official} must name the official model's target and params, at its top or under model")
     model = build_official(content["target"], content["params"])
-    return load_official(model, checkpoint, weights=weights).eval()
+    return load_official(model, checkpoint, weights=weights, dtype=torch.float32).eval()
 
 
 def load_model(checkpoint: Path | str, **arguments: Any) -> nn.Module:

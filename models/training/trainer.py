@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from models import create_model
 from models.data import check_labels, load_dataset, save_grid
 from models.files import write_atomically
 from models.objectives import objective_for
@@ -33,8 +32,14 @@ from models.training.checkpoints import (
     save_checkpoint,
 )
 from models.training.config import TrainConfig
-from models.training.interrupt import StopOnSignal, hold_interrupts
-from models.training.loading import check_model_config, load_weights, model_overrides, pick_device
+from models.training.interrupt import StopOnSignal, hold_signals
+from models.training.loading import (
+    check_model_config,
+    load_weights,
+    model_overrides,
+    pick_device,
+    trainable_model,
+)
 from models.training.logs import RunLog, read_metrics, save_loss_curves
 
 CONFIG_FILE = "config.yaml"
@@ -98,7 +103,7 @@ class Trainer:
 
         self._check_forward()
         torch.manual_seed(config.seed)
-        self.model = create_model(config.model, **self.model_overrides).to(self.device).train()
+        self.model = trainable_model(config.model, self.model_overrides).to(self.device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         decays = {"ema": config.ema_decay, "ema2": config.ema_decay2}
         self.averages = {name: average(self.model, decay) for name, decay in decays.items() if decay is not None}
@@ -132,8 +137,13 @@ class Trainer:
         """
         config, start = self.config, self.step
         deadline = math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
-        batches, seconds, speed = self._batches(), 0.0, 0.0
-        with StopOnSignal() as stop, closing(RunLog(self.run, start)) as log, self._progress_bar() as bar:
+        seconds, speed = 0.0, 0.0
+        with (
+            StopOnSignal() as stop,
+            closing(RunLog(self.run, start)) as log,
+            self._progress_bar() as bar,
+            closing(self._batches()) as batches,
+        ):
             while not (ended_by := self._reason_to_end(stop, deadline)):
                 started = time.perf_counter()
                 self.window.append(self.train_step(*next(batches)))
@@ -247,7 +257,7 @@ class Trainer:
     def _check_forward(self) -> None:
         """Refuse, before the run directory is made, a batch whose parts the model can't take: a capacity under one."""
         with torch.device("meta"), torch.no_grad():
-            model = create_model(self.config.model, **self.model_overrides).train()
+            model = trainable_model(self.config.model, self.model_overrides).train()
             part = self.config.batch_size // self.config.accumulation
             images = torch.empty(part, model.in_channels, model.input_size, model.input_size)
             model(images, torch.zeros(part), torch.zeros(part, dtype=torch.int64))
@@ -298,7 +308,8 @@ class Trainer:
         how = {"device": self.device.type, "threads": torch.get_num_threads(), "compile": self.config.compile}
         return {**versions, **how}
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Generator[tuple[Tensor, Tensor]]:
+        """From this step on, loaded by processes of their own if there are `workers`, which end when it is closed."""
         order = ShuffledBatches(len(self.data.train), self.config.batch_size, self.config.seed, start=self.step)
         loader = DataLoader(
             self.data.train,
@@ -306,10 +317,15 @@ class Trainer:
             num_workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global one, once per process
-            worker_init_fn=_ignore_interrupts,  # a start method other than fork lets go of what is held
+            worker_init_fn=_ignore_signals,  # a start method other than fork lets go of what is held
         )
-        with hold_interrupts():
-            return iter(loader)
+        with hold_signals():
+            batches = iter(loader)
+        try:
+            yield from batches
+        finally:
+            if self.config.workers:
+                batches._shutdown_workers()  # no signal ends them, and an error's traceback would keep them
 
     def _reason_to_end(self, stop: StopOnSignal, deadline: float) -> str | None:
         if stop.requested:
@@ -351,8 +367,9 @@ class Trainer:
         )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    for number in StopOnSignal.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:

@@ -69,6 +69,16 @@ def test_the_command_line_samples_them(under_model, tmp_path) -> None:
     assert not np.array_equal(samples["ema", "8"], samples["model", "8"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_in_half_precision_is_sampled_in_float32(dtype, tmp_path) -> None:
+    yaml = pytest.importorskip("yaml")
+    case = load_case("model_jit_moe")
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"target": TARGETS["jit"], "params": case.config["ctor"]}))
+    torch.save({"model": {key: one.to(dtype) for key, one in case.state_dict.items()}}, tmp_path / "file.pth")
+    words = ["--checkpoint", str(tmp_path / "file.pth"), "--official", str(tmp_path / "model.yaml")]
+    assert main([*words, "--output", str(tmp_path / "out"), "--num-samples", "2", "--steps", "1"]) == 0
+
+
 @pytest.mark.parametrize(
     ("content", "more", "message"),
     [

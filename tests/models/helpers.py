@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from models import DiT
@@ -28,10 +29,10 @@ def random_inputs(model: DiT, batch: int = 4) -> tuple[torch.Tensor, torch.Tenso
 
 def save_vae(path: Path, **options: Any) -> str:
     """A tiny AutoencoderKL with random weights; latents of 3 channels, half as wide as the image."""
-    from diffusers import AutoencoderKL
+    diffusers = pytest.importorskip("diffusers")
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,

@@ -81,6 +81,26 @@ def test_outputs_are_those_of_torch_fidelity(network):
         torch.testing.assert_close(outputs[name].sum(1), torch.tensor(sums), rtol=1e-5, atol=1e-3)
 
 
+@pytest.fixture
+def precisions():
+    """What a process may set of float32 products; set back afterwards."""
+    backends = torch.backends
+    owners = backends.cudnn.conv, backends.mkldnn.conv
+    before = [owner.fp32_precision for owner in owners]
+    yield dict(zip(("cudnn", "mkldnn"), owners, strict=True))
+    for owner, value in zip(owners, before, strict=True):
+        owner.fp32_precision = value
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("backend", "precision"), [("cudnn", "ieee"), ("cudnn", "tf32"), ("mkldnn", "bf16")])
+def test_outputs_are_the_same_whatever_the_process_has_set(network, precisions, backend, precision):
+    expected = network(patterns())
+    precisions[backend].fp32_precision = precision
+    assert all(map(torch.equal, network(patterns()), expected))
+    assert precisions[backend].fp32_precision == precision
+
+
 def test_keys_and_shapes_are_those_of_the_published_file(network):
     """The digest was made of torch-fidelity 0.4.0's state dict in this way."""
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}

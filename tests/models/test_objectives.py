@@ -111,6 +111,14 @@ def test_dopri5_is_guided():
     torch.testing.assert_close(samples, z * torch.exp(-rates).view(-1, 1, 1, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_dopri5_of_a_model_that_diverged():
+    pytest.importorskip("torchdiffeq")
+    model = Decay().eval()
+    z = torch.full((1, 1, 4, 4), torch.nan)
+    with pytest.raises(ValueError, match="dopri5 finds no step .*not finite"):
+        RectifiedFlow().sample(model, z, torch.tensor([0]), method="dopri5")
+
+
 def test_dopri5_without_torchdiffeq(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(ImportError, match=r"pip install 'diffmoe-kernels\[ode\]'"):

@@ -1,12 +1,14 @@
 """Runs that stop, by wish, by signal, by SIGKILL or by a NaN: what is left, and how they go on."""
 
 import io
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -201,9 +203,9 @@ def test_sigkill_while_writing_a_checkpoint_leaves_the_previous_one(tmp_path):
     assert not torn.exists()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_ends_cleanly_with_a_checkpoint(workers, tmp_path):
-    """A terminal sends it to all processes, the loading ones among them."""
+@pytest.mark.parametrize(("signal_number", "workers"), [(signal.SIGINT, 0), (signal.SIGINT, 2), (signal.SIGTERM, 2)])
+def test_a_signal_ends_cleanly_with_a_checkpoint(signal_number, workers, tmp_path):
+    """A terminal's Ctrl-C and `timeout` reach all processes, the loading ones among them."""
     run = tmp_path / "run"
     config = tiny(run, steps=10**6, workers=workers)
     process = start(["-m", "models.train"], config)
@@ -211,7 +213,7 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint(workers, tmp_path):
     while not ((run / "metrics.jsonl").exists() and read_metrics(run)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal_number)
     out, _ = process.communicate(timeout=60)
 
     assert process.returncode == 0
@@ -339,13 +341,27 @@ def test_an_option_that_a_run_did_not_have_is_its_default(tmp_path):
     assert Trainer(tiny(run, steps=3), resume=True).step == 2
 
 
-def test_ctrl_c_never_reaches_the_loading_processes(tmp_path):
-    """From their first moment on: an interrupt between their start and their first line would end them, too."""
-    batches = Trainer(tiny(tmp_path / "run", workers=2))._batches()
-    for worker in batches._workers:
-        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{worker.pid}/status").read_text().splitlines())
-        assert int(status["SigBlk"], 16) >> (signal.SIGINT - 1) & 1
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+def test_no_signal_reaches_the_loading_processes(tmp_path):
+    """From their first moment on: one between their start and their first line would end them, too."""
+    before = set(multiprocessing.active_children())
+    with closing(Trainer(tiny(tmp_path / "run", workers=2))._batches()) as batches:
+        next(batches)
+        workers = set(multiprocessing.active_children()) - before
+        assert len(workers) == 2
+        for worker in workers:
+            status = dict(line.split(":\t", 1) for line in Path(f"/proc/{worker.pid}/status").read_text().splitlines())
+            for number in StopOnSignal.SIGNALS:
+                assert int(status["SigBlk"], 16) >> (number - 1) & 1
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*StopOnSignal.SIGNALS}
+    assert not workers & set(multiprocessing.active_children())
+
+
+def test_what_ends_training_ends_the_loading_processes(tmp_path):
+    before = set(multiprocessing.active_children())
+    trainer = Trainer(tiny(tmp_path / "run", steps=10, warmup_steps=0, learning_rate=1e30, grad_clip=None, workers=2))
+    with pytest.raises(NonFiniteError):
+        trainer.fit()
+    assert not set(multiprocessing.active_children()) - before
 
 
 def test_a_record_that_a_stop_divides_is_whole(tmp_path):

@@ -25,9 +25,13 @@ def threads():
         yield
 
 
-def train(run, **model_options):
+def train(run, model="DSMoE-digits", **model_options):
     """A run whose weights are far enough from their zeros that samples depend on labels and weights."""
-    trainer = Trainer(tiny(run, steps=30, learning_rate=1e-2, model_options=model_options))
+    config = tiny(run, model=model, steps=30, learning_rate=1e-2, model_options=model_options)
+    if model.startswith("JiT"):
+        config.model_options.pop("balance")
+        config.model_options["context_start"] = 1
+    trainer = Trainer(config)
     batches = trainer._batches()
     for _ in range(30):
         trainer.train_step(*next(batches))
@@ -41,10 +45,11 @@ def run(tmp_path_factory):
         return train(tmp_path_factory.mktemp("sample") / "run")
 
 
-@pytest.fixture(scope="module")
-def run_without_null_label(tmp_path_factory):
+@pytest.fixture(scope="module", params=["DSMoE-digits", "JiTMoE-digits"])
+def run_without_null_label(request, tmp_path_factory):
+    """JiT's embedding has a row for no class all the same."""
     with one_thread():
-        return train(tmp_path_factory.mktemp("sample") / "run", class_dropout_prob=0.0)
+        return train(tmp_path_factory.mktemp("sample") / "run", request.param, class_dropout_prob=0.0)
 
 
 def sample(run, output, *arguments) -> dict[str, np.ndarray]:
@@ -213,6 +218,8 @@ def test_balanced_labels():
         (["--first", "-1"], "first must be at least 0, got -1"),
         (["--part-size", "0"], "part_size must be at least 1, got 0: correct --part-size"),
         (["--join", "all.npz"], "join must be left out without --part-size"),
+        (["--join", "all.npz", "--part-size", "4", "--first", "8"], "join must be left out with --first"),
+        (["--join", ".", "--part-size", "4"], "join must be the path of a file, got"),
         (["--num-samples", "0"], "num_samples must be at least 1, got 0: correct --num-samples"),
         (["--seed", str(2**63)], "seed must be an integer of 64 bits, got 9223372036854775808: correct --seed"),
         (["--cfg-scale", ".nan"], "cfg_scale must be a finite number, got nan: correct --cfg-scale"),

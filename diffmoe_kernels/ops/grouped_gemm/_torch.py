@@ -19,21 +19,23 @@ def grouped_gemm_torch(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor |
     x, w = _reached(x, offs, dim_x), _reached(w, offs, dim_w)
     if (x.dim(), w.dim()) == (2, 3):
         return multiply_rows(x, w, offs, bias)
-    dim_out = dim_w if x.dim() == 3 else None
-    out = _AlignedGradient.apply(F.grouped_mm(_aligned(x, dim_x), _aligned(w, dim_w), offs=offs), dim_out)
-    return _reached(out, offs, dim_out)
+    if (x.dim(), w.dim()) == (3, 2):
+        # Transposed: in columns of its result, too, grouped_mm asserts that groups begin at whole 16 bytes.
+        return multiply_rows(w.mT, x.mT, offs, None).mT
+    return _AlignedGradient.apply(F.grouped_mm(_aligned(x, dim_x), _aligned(w, dim_w), offs=offs), None)
 
 
 def multiply_rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
     """(R, K), (E, K, N) -> (R, N), 0 past the last group; there the gradient of x is uninitialised."""
-    if x.device.type == "cpu":
-        out = _multiply_padded(x, w, offs)
-    else:
-        out = _AlignedGradient.apply(F.grouped_mm(_aligned(x, 0), _aligned(w, None), offs=offs), 0)
+    out = _multiply_padded(x, w, offs) if x.device.type == "cpu" else _multiply(x, w, offs)
     if bias is not None:
         group = torch.searchsorted(offs, _arange(x.shape[0], offs), right=True).clamp(max=offs.shape[0] - 1)
         out = out + bias.index_select(0, group)
     return _reached(out, offs, 0)
+
+
+def _multiply(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    return _AlignedGradient.apply(F.grouped_mm(_aligned(x, 0), _aligned(w, None), offs=offs), 0)
 
 
 def _multiply_padded(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
@@ -44,9 +46,7 @@ def _multiply_padded(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     rows = _arange(x.shape[0], offs)
     places = rows + added_before.index_select(0, torch.searchsorted(offs, rows, right=True))
     padded = x.new_zeros(x.shape[0] + _FEWEST_ROWS * len(offs), x.shape[1]).index_copy(0, places.long(), x)
-    padded_offs = offs + added_before[1:]
-    out = _AlignedGradient.apply(F.grouped_mm(_aligned(padded, 0), _aligned(w, None), offs=padded_offs), 0)
-    return out.index_select(0, places)
+    return _multiply(padded, w, offs + added_before[1:]).index_select(0, places)
 
 
 def why_not(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> str | None:

@@ -1,0 +1,1 @@
+"""Timings, quality and expert usage: reported, never asserted."""
