@@ -29,7 +29,7 @@ def register_experts(name: str = "diffmoe", *, backend: Backend = "auto") -> Non
         backend: see `diffmoe_kernels.backend`.
 
     Raises:
-        ImportError: transformers is missing, or older than 5, which has no such registry.
+        ImportError: transformers is missing, or too old for such a registry.
         ValueError: an unknown backend.
     """
     check_backend(backend)
@@ -57,11 +57,11 @@ def experts_forward(
     Raises:
         NotImplementedError: weights in another layout, an activation or a gate that `ops.experts` does not have.
     """
-    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    up_name = "gate_up_proj" if _flag(experts, "has_gate") else "up_proj"
     up_proj, down_proj = getattr(experts, up_name), experts.down_proj
     activation = _activation(experts)
     biases = {}
-    if experts.has_bias:
+    if _flag(experts, "has_bias"):
         biases = {"up_bias": getattr(experts, f"{up_name}_bias"), "down_bias": experts.down_proj_bias}
     num_experts = down_proj.shape[0]
     ids = top_k_index.where(top_k_index < num_experts, -1)
@@ -70,20 +70,26 @@ def experts_forward(
     return y.to(hidden_states.dtype)
 
 
+def _flag(experts: nn.Module, name: str) -> bool:
+    """Of the experts' layout; older versions of transformers lack those for what they did not have."""
+    return getattr(experts, name, name in ("has_gate", "is_concatenated"))
+
+
 def _activation(experts: nn.Module) -> str:
     """The name of the experts' activation in `ops.experts`."""
     from transformers.integrations.moe import _default_apply_gate
 
     kind = type(experts).__name__
-    if experts.is_transposed or not experts.is_concatenated:
+    has_gate = _flag(experts, "has_gate")
+    if _flag(experts, "is_transposed") or not _flag(experts, "is_concatenated"):
         raise NotImplementedError(f"{kind}: its weights are transposed or interleaved; take another implementation")
-    if experts.has_post_expert_norm:
+    if _flag(experts, "has_post_expert_norm"):
         raise NotImplementedError(f"{kind}: it normalises after each expert; take another implementation")
-    if experts.has_gate and type(experts)._apply_gate is not _default_apply_gate:
+    if has_gate and type(experts)._apply_gate is not _default_apply_gate:
         raise NotImplementedError(f"{kind}: its gate is its own; take another implementation")
     function = _ACTIVATIONS.get(type(experts.act_fn).__name__)
     if function == "silu":
-        return "swiglu" if experts.has_gate else "silu"
-    if function is None or experts.has_gate:
+        return "swiglu" if has_gate else "silu"
+    if function is None or has_gate:
         raise NotImplementedError(f"{kind}: its activation {experts.act_fn} is not one of ops.experts")
     return function

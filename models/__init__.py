@@ -83,6 +83,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         if isinstance(module, MoE | ExpertChoiceMoE):
             routed = sum(parameter.numel() for parameter in module.experts.parameters())
-            used = module.router.top_k if isinstance(module, MoE) else module.capacity_factor
-            inactive += routed * (1 - used / module.experts.down_proj.shape[0])
+            num_experts = module.experts.down_proj.shape[0]
+            used = module.router.top_k if isinstance(module, MoE) else min(module.capacity_factor, num_experts)
+            inactive += routed * (1 - used / num_experts)
     return total, round(total - inactive)

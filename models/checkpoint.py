@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe_kernels import ExpertChoiceMoE, MoE
-from diffmoe_kernels.modules import Experts, FeedForward
+from diffmoe_kernels.modules import Experts, FeedForward, TopKRouter
 from models.official_config import build_official
 
 __all__ = ["build_official", "load_official", "official_state_dict", "read_checkpoint"]
@@ -90,8 +90,11 @@ def load_official(
     for key, tensor in loaded.items():
         _assign(inner, key, tensor)
     for module in inner.modules():
-        if hasattr(module, "reset_tables"):  # not in the file, and left behind on the meta device otherwise
+        # What is not in the file, and left behind on the meta device otherwise.
+        if hasattr(module, "reset_tables"):
             module.reset_tables()
+        if isinstance(module, TopKRouter) and module.expert_bias.is_meta:
+            module.expert_bias = torch.zeros_like(module.expert_bias, device=module.weight.device)
     return model
 
 
@@ -208,6 +211,10 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
 
 def _layout(module: nn.Module, ours: str = "", official: str = "") -> Iterator[tuple[str, _Piece]]:
     """(official key, where it lies in ours) for every tensor of the module's state dict."""
+    if hasattr(module, "_checkpoint_wrapped_module"):  # whose state dict leaves its own name out
+        module = module._checkpoint_wrapped_module
+    elif hasattr(module, "_orig_mod"):  # of torch.compile
+        module, ours = module._orig_mod, f"{ours}_orig_mod."
     if isinstance(module, FeedForward):
         yield from _network_layout(module, ours, official, ())
         return

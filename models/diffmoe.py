@@ -81,9 +81,9 @@ class DiffMoE(DiT):
 
     def set_training_step(self, step: int) -> None:
         """Sets the capacity of a training step, counted from 0. The trainer calls it before each step."""
-        for block in self.blocks:
-            if isinstance(block.mlp, ExpertChoiceMoE):
-                block.mlp.capacity_factor = self.config.capacity_factor_at(step)
+        for module in self.modules():
+            if isinstance(module, ExpertChoiceMoE):
+                module.capacity_factor = self.config.capacity_factor_at(step)
 
 
 _SMALL = DiffMoEConfig(hidden_size=384, depth=12, num_heads=6)

@@ -151,6 +151,7 @@ class DiTBlock(nn.Module):
             config.hidden_size, config.num_heads, head_dim=config.head_dim, rope=None, backend=config.backend
         )
         self.mlp = mlp
+        self.use_moe = isinstance(mlp, MoE | ExpertChoiceMoE)  # it may be wrapped later
         self.adaLN_modulation = AdaLNModulation(config.hidden_size, 6)
 
     def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, MoEAux | ExpertChoiceAux | None]:
@@ -158,8 +159,7 @@ class DiTBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         y = self.attn(ops.adaln(x, shift_attn, scale_attn, backend=self.backend))
         x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp, backend=self.backend)
-        has_aux = return_aux and isinstance(self.mlp, MoE | ExpertChoiceMoE)
-        y, aux = self.mlp(h, return_aux=True) if has_aux else (self.mlp(h), None)
+        y, aux = self.mlp(h, return_aux=True) if return_aux and self.use_moe else (self.mlp(h), None)
         return ops.gated_residual(x, y, gate_mlp, backend=self.backend), aux
 
 
@@ -221,19 +221,20 @@ class DiT(nn.Module):
         return self.y_embedder.null_label
 
     def reset_parameters(self) -> None:
-        """Official initialisation: Xavier-uniform matrices, zero biases, zero modulation and output (adaLN-Zero)."""
+        """Official initialisation: Xavier-uniform matrices, zero biases, zero modulation and output (adaLN-Zero).
+
+        Of every parameter and buffer, so that a model on the meta device may go elsewhere by `to_empty` and this.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, TopKRouter | ExpertChoiceRouter):
+            elif isinstance(module, TopKRouter | ExpertChoiceRouter | ExpertChoiceMoE | nn.LayerNorm | nn.RMSNorm):
                 module.reset_parameters()
         for module in self.modules():
-            if isinstance(module, FeedForward):
-                _xavier_experts_(module, module.down_proj.weight)
-            elif isinstance(module, Experts):
-                _xavier_experts_(module, module.down_proj)
+            if isinstance(module, FeedForward | Experts):
+                _xavier_experts_(module)
         for layer in self.x_embedder.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight.flatten(1))
@@ -321,13 +322,20 @@ class DiT(nn.Module):
         check_shape("labels", labels, x.shape[0])
 
 
-def _xavier_experts_(module: FeedForward | Experts, down_weight: Tensor) -> None:
-    """Xavier-uniform for each matrix by itself: gate and up lie in one tensor, and so do the experts."""
-    bound = math.sqrt(6 / (down_weight.shape[-1] + down_weight.shape[-2]))
-    for name, parameter in module.named_parameters():
+def _xavier_experts_(module: FeedForward | Experts) -> None:
+    """Xavier-uniform for each matrix by itself: the experts lie in one tensor, and so do gate and up.
+
+    Where these have biases they are JiT's, one matrix officially too.
+    """
+    parameters = dict(module.named_parameters())
+    has_bias = any(name.endswith("bias") for name in parameters)
+    for name, parameter in parameters.items():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         else:
+            rows, columns = parameter.shape[-2:]
+            is_pair = name.startswith("gate_up_proj") and not has_bias
+            bound = math.sqrt(6 / ((rows // 2 if is_pair else rows) + columns))
             nn.init.uniform_(parameter, -bound, bound)
 
 

@@ -132,6 +132,11 @@ class JiT(DiT):
             self.in_context_posemb = nn.Parameter(torch.empty(1, config.num_context_tokens, config.hidden_size))
             nn.init.normal_(self.in_context_posemb, std=0.02)
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if getattr(self, "in_context_posemb", None) is not None:  # the constructor makes it last
+            nn.init.normal_(self.in_context_posemb, std=0.02)
+
     def make_patch_embedder(self) -> nn.Module:
         config = self.config
         return BottleneckPatchEmbed(config.patch_size, config.in_channels, config.bottleneck_size, config.hidden_size)

@@ -103,10 +103,11 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         """(B,) integers -> (B, D)."""
+        labels = labels.long()  # narrower ones may not hold the null label
         if self.training and self.dropout_prob > 0:
             dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
             labels = labels.where(~dropped, self.null_label)
-        return self.embedding_table(labels.long())
+        return self.embedding_table(labels)
 
 
 class Mlp(nn.Module):

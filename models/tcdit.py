@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from diffmoe_kernels import Balance, MoE
-from diffmoe_kernels.modules import FeedForward
+from diffmoe_kernels.modules import FeedForward, TopKRouter
 from models.dit import DIGITS, DiT, MixtureConfig, check_least
 
 
@@ -53,6 +54,12 @@ class TCDiT(DiT):
         if config.num_shared_experts:
             mixture.shared_expert = FeedForward(config.hidden_size, config.hidden_size * config.num_shared_experts)
         return mixture
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for module in self.modules():
+            if isinstance(module, TopKRouter):  # drawn as nn.Linear draws its weights, unlike DSMoE's
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
 
 
 _SMALL = TCDiTConfig(hidden_size=384, depth=12, num_heads=6)

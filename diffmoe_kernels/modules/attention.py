@@ -144,12 +144,16 @@ class RoPEAttention(nn.Module):
                     f"{self.num_prefix_tokens} prefix tokens, got {num_rotated}"
                 )
             return self.cos, self.sin
-        side = math.isqrt(max(num_rotated, 0))
-        if self.rope != "1d" and (side * side != num_rotated):
+        if num_rotated < 0:
+            raise ValueError(f"x: expected at least the {self.num_prefix_tokens} prefix tokens, got {x.shape[1]}")
+        if self.rope == "1d":
+            return ops.rope_table(self.rope, self.head_dim, num_rotated, device=x.device)
+        side = math.isqrt(num_rotated)
+        if side * side != num_rotated:
             raise ValueError(
                 f"x: expected a square number of tokens for rope {self.rope!r}, got {num_rotated}; set grid_size"
             )
-        return ops.rope_table(self.rope, self.head_dim, num_rotated if self.rope == "1d" else side, device=x.device)
+        return ops.rope_table(self.rope, self.head_dim, side, device=x.device)
 
     def _keep_float16_tables(self) -> None:
         cos, sin = self.cos, self.sin

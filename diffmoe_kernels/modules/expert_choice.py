@@ -130,11 +130,17 @@ class ExpertChoiceMoE(Float32Buffers):
             self.capacity_predictor = nn.Sequential(
                 Linear(hidden_size, hidden_size, **factory), nn.SiLU(), Linear(hidden_size, num_experts, **factory)
             )
-            thresholds = torch.zeros(num_experts, device=device, dtype=torch.float32)
-            self.register_buffer("expert_threshold", thresholds)
-            self.register_buffer(
-                "threshold_decay", torch.full((1,), threshold_decay, device=device, dtype=torch.float32)
-            )
+            for name, size in (("expert_threshold", num_experts), ("threshold_decay", 1)):
+                self.register_buffer(name, torch.empty(size, device=device, dtype=torch.float32))
+        self._first_decay = threshold_decay
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Thresholds of 0 and their first decay; its submodules have their own."""
+        if self.capacity_predictor is not None:
+            self._thresholds_seen = False
+            nn.init.zeros_(self.expert_threshold)
+            nn.init.constant_(self.threshold_decay, self._first_decay)
 
     def forward(
         self, x: Tensor, *, residual: Tensor | None = None, return_aux: bool = False

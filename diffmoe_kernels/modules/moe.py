@@ -159,7 +159,8 @@ class MoE(nn.Module):
             y: x's shape, in x's dtype or autocast's, or in the residual's where that is wider.
 
         Raises:
-            ValueError: a last dimension other than D, or a residual of another shape.
+            ValueError: a last dimension other than D, a residual of another shape, or so few tokens that the experts'
+                capacity is under one.
         """
         tokens, added = tokens_and_residual(x, residual, self.hidden_size, self.shared_expert)  # (T, D)
         choice = self.router(tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -123,8 +125,10 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.masters = up_master, down_master  # parameters, which are there anyway
-    ctx.activation, ctx.products, ctx.weight_dtype = activation, products, up_master.dtype
-    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (up_bias_master, down_bias_master)]
+    ctx.activation, ctx.products = activation, products
+    ctx.weight_dtype = torch.promote_types(up_master.dtype, down_master.dtype)  # autograd casts to each one's own
+    biases = [bias.dtype for bias in (up_bias_master, down_bias_master) if bias is not None]
+    ctx.bias_dtype = functools.reduce(torch.promote_types, biases) if biases else None
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, gates, *maps, up, down, down_bias, output[1])
 
@@ -135,13 +139,12 @@ def _backward(ctx, grad, _):
     needs = ctx.needs_input_grad
     *tensors, pre = ctx.saved_tensors
     needs_weights = any(needs[2:6])
-    bias_dtype = next((dtype for dtype in ctx.bias_dtypes if dtype is not None), None)
     grad_residual = grad.to(ctx.residual_dtype) if needs[6] else None
     if not any(needs[:6]):
         return *(None,) * 6, grad_residual, *(None,) * 11
     if torch.is_grad_enabled():  # the casts hang on no graph, and a second derivative would miss the weights
         tensors[6:8] = (one.to(tensors[0].dtype).contiguous() for one in ctx.masters)
-    arguments = (ctx.activation, needs[0], needs_weights, ctx.weight_dtype, bias_dtype, ctx.products)
+    arguments = (ctx.activation, needs[0], needs_weights, ctx.weight_dtype, ctx.bias_dtype, ctx.products)
     grads = _experts_backward(grad, *tensors, pre, *arguments)
     return *(one if need else None for one, need in zip(grads, needs[:6], strict=True)), grad_residual, *(None,) * 11
 

@@ -27,6 +27,7 @@ def grouped_gemm_torch(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor |
 
 def multiply_rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
     """(R, K), (E, K, N) -> (R, N), 0 past the last group; there the gradient of x is uninitialised."""
+    offs = offs.int()  # a record may have others
     out = _multiply_padded(x, w, offs) if x.device.type == "cpu" else _multiply(x, w, offs)
     if bias is not None:
         group = torch.searchsorted(offs, _arange(x.shape[0], offs), right=True).clamp(max=offs.shape[0] - 1)
@@ -46,7 +47,8 @@ def _multiply_padded(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     rows = _arange(x.shape[0], offs)
     places = rows + added_before.index_select(0, torch.searchsorted(offs, rows, right=True))
     padded = x.new_zeros(x.shape[0] + _FEWEST_ROWS * len(offs), x.shape[1]).index_copy(0, places.long(), x)
-    return _multiply(padded, w, offs + added_before[1:]).index_select(0, places)
+    # Its gradient is new memory, laid out well. (A Function here breaks Dynamo where a size comes from a float.)
+    return F.grouped_mm(_aligned(padded, 0), _aligned(w, None), offs=offs + added_before[1:]).index_select(0, places)
 
 
 def why_not(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> str | None:
