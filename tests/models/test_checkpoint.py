@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from diffmoe_kernels import MoE
 from models import CONFIGS, create_model
 from models.checkpoint import build_official, load_official, official_state_dict
+from tests.golden.test_models import TARGETS
 from tests.golden.vectors import load_case
 from tests.models.helpers import random_inputs, randomize
 
@@ -88,6 +89,25 @@ def test_loading_onto_the_meta_device() -> None:
     reference = load_official(build(), CASE.state_dict).eval()
     inputs = CASE["input.x"], CASE["input.t"], CASE["input.y"]
     assert torch.equal(model(*inputs), reference(*inputs))
+
+
+def test_a_router_without_a_bias_leaves_the_meta_device() -> None:
+    case = load_case("model_tcdit")
+    with torch.device("meta"):
+        model = build_official(TARGETS["tc"], case.config["ctor"])
+    load_official(model, case.state_dict)
+    assert not any(one.is_meta for one in (*model.parameters(), *model.buffers()))
+    assert model.eval()(case["input.x"], case["input.t"], case["input.y"]).isfinite().all()
+
+
+@pytest.mark.parametrize("wrap", ["checkpoint", "compile"])
+def test_a_model_of_wrapped_blocks_loads_and_saves(wrap) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = build()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = checkpoint_wrapper(block) if wrap == "checkpoint" else torch.compile(block)
+    assert_loaded(load_official(model, CASE.state_dict), CASE.state_dict)
 
 
 def test_an_optimizer_goes_on_with_loaded_weights() -> None:

@@ -234,6 +234,14 @@ def test_compiles_to_one_graph(options, dtype):
         assert (grad - other).norm() <= 1e-2 * other.norm() + 1e-4
 
 
+def test_compiles_to_one_graph_for_any_length():
+    layer = RoPEAttention(16, 2, rope="1d")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for num_tokens in (16, 9, 25):
+        x = torch.randn(2, num_tokens, 16)
+        assert_close(compiled(x), layer(x))
+
+
 def test_fake_meta_and_empty_tensors():
     with FakeTensorMode():
         x = torch.randn(2, 16, 32, requires_grad=True)
@@ -284,5 +292,7 @@ def test_forward_rejects():
         make(grid_size=4, num_prefix_tokens=2)(torch.zeros(2, 16, 32))
     with pytest.raises(ValueError, match="x: expected a square number of tokens for rope '2d', got 15; set grid_size"):
         make()(torch.zeros(2, 15, 32))
+    with pytest.raises(ValueError, match="x: expected at least the 2 prefix tokens, got 1"):
+        make(num_prefix_tokens=2)(torch.zeros(2, 1, 32))
     with pytest.raises(NotImplementedError, match="rope_attention: there is no 'cuda' backend"):
         make(backend="cuda")(torch.zeros(2, 16, 32))

@@ -41,6 +41,15 @@ def test_float32_masters_under_half_precision_inputs(layer, dtype) -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_float64_inputs_stay_float64_under_autocast(layer) -> None:
+    masters, x = layer(), torch.randn(3, 6, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = masters(x)
+    assert y.dtype == torch.float64
+    assert_close(y, masters(x), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 def test_a_layer_touched_under_inference_mode_still_trains(layer) -> None:
     """Tables are computed anew by every move; as inference tensors they would stop a later backward."""
     built = layer()

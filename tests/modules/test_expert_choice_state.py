@@ -51,6 +51,24 @@ def test_an_update_is_a_moving_average_of_the_quantiles(decay, factor):
     assert expected.min() > 0
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_schedule_of_capacities_compiles(dynamic):
+    """A factor that changes is a symbol to Dynamo, and so are the rows."""
+    torch.manual_seed(0)
+    layer, x = ExpertChoiceMoE(16, 8, 4, dtype=torch.bfloat16), torch.randn(1, 16, 16, dtype=torch.bfloat16)
+    compiled = torch.compile(layer, backend="aot_eager", dynamic=dynamic)
+    for factor in (4.0, 3.5, 3.0, 1.0):
+        layer.capacity_factor = factor
+        results = []
+        for function in (layer, compiled):
+            layer.zero_grad()
+            y = function(x)
+            y.float().square().sum().backward()
+            results.append([y, *(p.grad for p in layer.experts.parameters())])
+        for ours, expected in zip(*results, strict=True):
+            assert_close(ours, expected)
+
+
 def test_micro_batches_count_as_one_step():
     layer = make()
     batches = torch.randn(3, 16, 8)

@@ -77,6 +77,14 @@ def test_choices_of_another_rank_add_nothing():
     assert not ours[2].any()
 
 
+def test_older_versions_lack_the_flags_of_what_they_did_not_have():
+    experts, inputs = module(), (torch.randn(5, 4), torch.randint(3, (5, 2)), torch.rand(5, 2))
+    expected = experts_forward(experts, *inputs)
+    for flag in ("has_post_expert_norm", "is_concatenated", "has_gate"):
+        delattr(experts, flag)
+        assert torch.equal(experts_forward(experts, *inputs), expected)
+
+
 def test_ungated_experts_with_biases():
     x, ids, weights = torch.randn(5, 4), torch.randint(3, (5, 1)), torch.rand(5, 1)
     up, down, up_bias, down_bias = torch.randn(3, 8, 4), torch.randn(3, 4, 8), torch.randn(3, 8), torch.randn(3, 4)

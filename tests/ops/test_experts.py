@@ -1,5 +1,7 @@
 """`experts` against a loop over tokens and their slots, both backends."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,6 +139,16 @@ def test_no_tokens(backend):
         out = value_and_grads(with_routing(torch.zeros(0, 2, dtype=torch.int64), backend=backend), **inputs)
     assert out["output"].shape == (0, 8)
     assert not any(out[f"grad of {name}"].any() for name in inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_record_of_int64(backend):
+    ids, inputs = make(9, 4, 2, 16, 8)
+    routing = Routing.from_topk(ids, inputs.pop("weights"), 4)
+    maps = ("token_indices", "group_offsets", "token_offsets", "token_rows")
+    wide = replace(routing, **{name: getattr(routing, name).long() for name in maps})
+    ours, expected = (experts(routing=one, **inputs, backend=backend) for one in (wide, routing))
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -267,6 +267,28 @@ def test_a_float64_residual_is_refused():
         ops.experts(tokens(), routing_of(), **parameters(), residual=residual, backend="triton")
 
 
+@pytest.mark.parametrize("backend", ["triton", ON_KERNELS])
+def test_masters_of_several_dtypes_get_gradients_of_their_own(backend):
+    """A float32 gradient past float16's largest, 65,504, beside a float16 one."""
+    x, routing, leaves = tokens(torch.bfloat16), routing_of(), parameters(torch.float32, True)
+    kinds = {
+        "up_proj": torch.float16,
+        "down_proj": torch.float32,
+        "up_bias": torch.bfloat16,
+        "down_bias": torch.float32,
+    }
+    leaves = {name: one.detach().to(kinds[name]).requires_grad_() for name, one in leaves.items()}
+    grads = {}
+    for one in (backend, "reference"):
+        y = experts(x, routing, **leaves, backend=one)
+        grads[one] = torch.autograd.grad(y, list(leaves.values()), torch.full_like(y, 1e5))
+    for name, ours, expected in zip(leaves, grads[backend], grads["reference"], strict=True):
+        assert ours.dtype == kinds[name]
+        if name.startswith("down"):
+            assert expected.abs().max() > 65504
+            assert_close(ours, expected, tolerance=0.02, name=name)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_grouped_mm_is_given_weights_that_begin_at_whole_16_bytes(bias, monkeypatch):
     """On CUDA it raises otherwise; a flat parameter may have them anywhere."""
