@@ -35,7 +35,7 @@ zoo: $(VENV)/.installed  ## train every family on the digits for a minute, sampl
 	$(BIN)/python -m models.demo --output $(ZOO) --overwrite --minutes 1 --minutes-each --learning-rate 3e-3 --ema-decay 0.99 --models $(FAMILIES)
 
 test: $(VENV)/.installed  ## all tests but those that need a GPU
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=20
 
 test-all: $(VENV)/.installed  ## the tests, and the reference vectors of a full set in GOLDEN_DIR
 	test -d "$(GOLDEN_DIR)" || { echo "test-all: set GOLDEN_DIR to the folder of a full set of reference vectors"; exit 2; }

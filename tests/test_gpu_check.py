@@ -13,6 +13,7 @@ import pytest
 from benchmarks import check, files, goals, prefer, whole_models
 from benchmarks.cases import ALONE, PARTS, all_cases, pairs
 from benchmarks.registry import GPU
+from tests.sanitizer import sanitized
 
 
 def test_every_pair_is_in_one_part_and_the_goals_come_first() -> None:
@@ -122,6 +123,36 @@ def test_a_process_is_given_its_time() -> None:
     start = time.monotonic()
     status, told = check.run([sys.executable, "-c", stubborn], 2, grace=1)
     assert status < 0 and told == "begun\nasked\nstopped after 2 s" and time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("tool", "says", "faults"),
+    [
+        ("memcheck", "ERROR SUMMARY: 0 errors", 0),
+        ("memcheck", "ERROR SUMMARY: 1 error", 1),
+        ("racecheck", "RACECHECK SUMMARY: 12 hazards displayed (12 errors, 0 warnings)", 12),
+    ],
+)
+def test_what_the_sanitizer_found_is_read(tool, says, faults, tmp_path, monkeypatch) -> None:
+    """Its exit status may be the script's."""
+    stand_in(tmp_path, monkeypatch, f'echo "$@"; echo "========= {says}"; exit 1')
+    output, found = sanitized(tool, "print('script')", "word", kernels="diffmoe")
+    assert found == faults and f"--tool={tool}" in output and "kernel_substring=diffmoe" in output
+    assert output.splitlines()[0].endswith("-c print('script') word")
+
+
+@pytest.mark.parametrize(("does", "message"), [("sleep 60", "took more than 1 s: begun"), ("exit 0", "no summary")])
+def test_a_sanitizer_without_a_result_is_a_failure(does, message, tmp_path, monkeypatch) -> None:
+    stand_in(tmp_path, monkeypatch, f"echo begun; {does}")
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=message):
+        sanitized("memcheck", "", kernels="diffmoe", seconds=1)
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    """A compute-sanitizer first on the PATH."""
+    (folder / "compute-sanitizer").write_text(f"#!/bin/sh\n{does}\n")
+    (folder / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
 def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypatch, capsys) -> None:

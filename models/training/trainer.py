@@ -308,7 +308,7 @@ class Trainer:
         how = {"device": self.device.type, "threads": torch.get_num_threads(), "compile": self.config.compile}
         return {**versions, **how}
 
-    def _batches(self) -> Generator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """From this step on, loaded by processes of their own if there are `workers`, which end when it is closed."""
         order = ShuffledBatches(len(self.data.train), self.config.batch_size, self.config.seed, start=self.step)
         loader = DataLoader(
