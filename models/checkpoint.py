@@ -28,6 +28,8 @@ _ENTRIES = {"ema": ("ema", "model_ema1"), "ema2": ("model_ema2",), "model": ("mo
 _PREFIXES = ("module.", "net.", "_orig_mod.")  # DistributedDataParallel, JiT's denoiser, torch.compile
 _BUFFERS = {"expert_bias": "e_score_correction_bias", "threshold_decay": "ema_decay"}
 _CHILDREN = {"router": "gate", "shared_expert": "shared_experts"}  # of a mixture
+# What activation checkpointing and torch.compile put around a layer: the child's name, and its part in our keys.
+_WRAPPERS = {"_checkpoint_wrapped_module": "", "_orig_mod": "_orig_mod."}
 _MOST_LINES = 10  # of each kind in an error message
 
 
@@ -200,6 +202,7 @@ def _first_lines(problems: list[str]) -> list[str]:
 def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
+    module = getattr(module, "_checkpoint_wrapped_module", module)  # which hands reads on, but no assignment
     current = getattr(module, name)
     if not isinstance(current, nn.Parameter):
         setattr(module, name, tensor)
@@ -211,10 +214,9 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
 
 def _layout(module: nn.Module, ours: str = "", official: str = "") -> Iterator[tuple[str, _Piece]]:
     """(official key, where it lies in ours) for every tensor of the module's state dict."""
-    if hasattr(module, "_checkpoint_wrapped_module"):  # whose state dict leaves its own name out
-        module = module._checkpoint_wrapped_module
-    elif hasattr(module, "_orig_mod"):  # of torch.compile
-        module, ours = module._orig_mod, f"{ours}_orig_mod."
+    while wrapper := _WRAPPERS.keys() & module._modules.keys():
+        (name,) = wrapper
+        module, ours = module._modules[name], ours + _WRAPPERS[name]
     if isinstance(module, FeedForward):
         yield from _network_layout(module, ours, official, ())
         return
@@ -226,7 +228,7 @@ def _layout(module: nn.Module, ours: str = "", official: str = "") -> Iterator[t
             yield official + _BUFFERS.get(name, name), _Piece(ours + name)
     for name, child in module.named_children():
         if isinstance(module, ExpertChoiceMoE) and name == "router":
-            yield f"{official}gate_weight", _Piece(f"{ours}router.weight")
+            yield from ((f"{official}gate_weight", piece) for _, piece in _layout(child, f"{ours}router."))
         elif isinstance(child, Experts):
             folder = "experts.blocks" if _is_dsmoe(module) else "experts"
             for expert in range(child.down_proj.shape[0]):

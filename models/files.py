@@ -10,7 +10,8 @@ from typing import BinaryIO
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Create or replace `path` by what `write` puts into a file; a crash leaves the old one or the new, whole.
 
-    Several processes may write one file: the last one's is there in the end.
+    Several processes may write one file: the last one's is there in the end. One that is killed leaves a hidden
+    ``.<name>.*.tmp``.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -100,7 +100,11 @@ class InceptionFeatures(nn.Module):
 
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """`torch.backends.cudnn.flags` raises where a process has one TF32 setting for convolutions and another for all."""
+    """IEEE float32 and the same bits every run.
+
+    `torch.backends.cudnn.flags` raises where a process has one TF32 setting for convolutions and another for all. What
+    convolutions took from the latter is their own setting afterwards.
+    """
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     settings = [(cudnn.conv, "fp32_precision", "ieee"), (mkldnn.conv, "fp32_precision", "ieee")]
     settings += [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]

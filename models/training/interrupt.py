@@ -38,7 +38,7 @@ class StopOnSignal:
 
 @contextmanager
 def hold_signals() -> Iterator[None]:
-    """Processes that start within never get SIGINT or SIGTERM; this one gets at the end what came meanwhile.
+    """Processes forked within never get SIGINT or SIGTERM; this one gets at the end what came meanwhile.
 
     Ctrl-C reaches all processes of a terminal, `timeout` and batch systems send SIGTERM to all of a group: those that
     load images go on until the trainer ends them.

@@ -321,11 +321,15 @@ class Trainer:
         )
         with hold_signals():
             batches = iter(loader)
+        workers = batches._workers if self.config.workers else []
         try:
             yield from batches
         finally:
-            if self.config.workers:
-                batches._shutdown_workers()  # no signal ends them, and an error's traceback would keep them
+            if workers:
+                batches._shutdown_workers()  # an error's traceback would keep them
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()  # one that waits for a disk: it takes no SIGTERM
 
     def _reason_to_end(self, stop: StopOnSignal, deadline: float) -> str | None:
         if stop.requested:

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from diffmoe_kernels import MoE
 from models import CONFIGS, create_model
@@ -100,14 +101,25 @@ def test_a_router_without_a_bias_leaves_the_meta_device() -> None:
     assert model.eval()(case["input.x"], case["input.t"], case["input.y"]).isfinite().all()
 
 
-@pytest.mark.parametrize("wrap", ["checkpoint", "compile"])
-def test_a_model_of_wrapped_blocks_loads_and_saves(wrap) -> None:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+WRAPS = {"checkpointed": checkpoint_wrapper, "compiled": torch.compile}
+WRAPS["checkpointed and compiled"] = lambda layer: torch.compile(checkpoint_wrapper(layer))
+WRAPS["compiled and checkpointed"] = lambda layer: checkpoint_wrapper(torch.compile(layer))
 
-    model = build()
+
+@pytest.mark.parametrize("case", ["model_dsmoe_dit_rope2d", "model_diffmoe_dit"])
+@pytest.mark.parametrize("place", ["", "mlp", "mlp.router"])
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_model_of_wrapped_layers_loads_and_saves(wrap, place, case) -> None:
+    case = load_case(case)
+    model = build_official(TARGETS[case.config["kind"]], case.config["ctor"])
+    for buffer in model.buffers():
+        buffer.fill_(7)
     for index, block in enumerate(model.blocks):
-        model.blocks[index] = checkpoint_wrapper(block) if wrap == "checkpoint" else torch.compile(block)
-    assert_loaded(load_official(model, CASE.state_dict), CASE.state_dict)
+        path, _, name = f"blocks.{index}.{place}".rstrip(".").rpartition(".")
+        if place != "mlp.router" or hasattr(block.mlp, "router"):
+            parent = model.get_submodule(path)
+            setattr(parent, name, WRAPS[wrap](getattr(parent, name)))
+    assert_loaded(load_official(model, case.state_dict), case.state_dict)
 
 
 def test_an_optimizer_goes_on_with_loaded_weights() -> None:

@@ -94,7 +94,7 @@ def precisions():
 
 @torch.no_grad()
 @pytest.mark.parametrize(("backend", "precision"), [("cudnn", "ieee"), ("cudnn", "tf32"), ("mkldnn", "bf16")])
-def test_outputs_are_the_same_whatever_the_process_has_set(network, precisions, backend, precision):
+def test_outputs_are_the_same_whatever_the_process_has_set_of_convolutions(network, precisions, backend, precision):
     expected = network(patterns())
     precisions[backend].fp32_precision = precision
     assert all(map(torch.equal, network(patterns()), expected))

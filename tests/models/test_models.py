@@ -48,6 +48,11 @@ def test_parameter_counts(name) -> None:
     assert (total / 1e6, activated / 1e6) == pytest.approx(PARAMETERS[name], abs=0.051)
 
 
+def test_no_token_uses_more_than_all_experts() -> None:
+    total, activated = count_parameters(create_model("DiffMoE-digits", capacity_factor=40.0))
+    assert activated == total
+
+
 def test_digits_models_are_of_one_activated_size() -> None:
     activated = {name: count_parameters(create_model(name))[1] for name in list_models() if name.endswith("-digits")}
     assert len(activated) >= 2

@@ -341,6 +341,7 @@ def test_an_option_that_a_run_did_not_have_is_its_default(tmp_path):
     assert Trainer(tiny(run, steps=3), resume=True).step == 2
 
 
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="only what is forked takes a mask along")
 def test_no_signal_reaches_the_loading_processes(tmp_path):
     """From their first moment on: one between their start and their first line would end them, too."""
     before = set(multiprocessing.active_children())
@@ -359,9 +360,42 @@ def test_no_signal_reaches_the_loading_processes(tmp_path):
 def test_what_ends_training_ends_the_loading_processes(tmp_path):
     before = set(multiprocessing.active_children())
     trainer = Trainer(tiny(tmp_path / "run", steps=10, warmup_steps=0, learning_rate=1e30, grad_clip=None, workers=2))
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(NonFiniteError) as raised:
         trainer.fit()
     assert not set(multiprocessing.active_children()) - before
+    assert raised.tb  # which keeps what it passed through
+
+
+class Stuck:
+    """Images on a disk that does not answer."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        time.sleep(1000)
+
+
+def test_a_loading_process_that_is_stuck_is_ended(tmp_path):
+    """torch's own way, SIGTERM, does not reach it."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    before, handler = set(multiprocessing.active_children()), signal.signal(signal.SIGALRM, stop)
+    trainer = Trainer(tiny(tmp_path / "run", workers=1))
+    trainer.data = replace(trainer.data, train=Stuck())
+    signal.alarm(3)
+    try:
+        with pytest.raises(TimeoutError):
+            trainer.fit()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+    deadline = time.monotonic() + 30
+    while set(multiprocessing.active_children()) - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_record_that_a_stop_divides_is_whole(tmp_path):
