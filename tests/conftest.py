@@ -37,9 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.add_cleanup(start(chip, extension))
     elif HAS_TRITON:
-        from tests.kernels.interpreter import mend_bfloat16
+        from tests.kernels.interpreter import mend_bfloat16, patch_language_once
 
         mend_bfloat16()
+        patch_language_once()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ its operands to float32, which is exact, and rounds its result once, to nearest 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,33 @@ def mend_bfloat16() -> None:
     interpreter.ReduceScanOpInterface.apply = _mended_reduction(interpreter.ReduceScanOpInterface.apply)
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(options, debug=True)
+
+
+def patch_language_once() -> None:
+    """Patch the interpreter of this process, once: it then patches Triton's language once a launch.
+
+    It does so anew at every call of a function within a kernel, to no effect and for a third of its time.
+    """
+    if getattr(interpreter, "patches_language_once", False):
+        return
+    interpreter.patches_language_once = True
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    @functools.cache
+    def languages(function: Callable) -> frozenset[str]:
+        return frozenset(one.__name__ for one in function.__globals__.values() if one is tl or one is tl.core)
+
+    def patch_once(function: Callable) -> Any:
+        if languages(function) <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(languages(function))
+        return patch(function)
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
 
 
 def _is_bfloat16(value: Any) -> bool:
