@@ -223,7 +223,8 @@ class DiT(nn.Module):
     def reset_parameters(self) -> None:
         """Official initialisation: Xavier-uniform matrices, zero biases, zero modulation and output (adaLN-Zero).
 
-        Of every parameter and buffer, so that a model on the meta device may go elsewhere by `to_empty` and this.
+        Of all that a state dict holds, so that a model on the meta device may go elsewhere by `to_empty`, which makes
+        the rotary tables, and this.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

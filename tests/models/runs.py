@@ -1,6 +1,9 @@
 """Training runs small enough for tests."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,6 +14,7 @@ import torch
 from models.options import flag
 from models.training.config import TrainConfig
 
+ROOT = Path(__file__).parents[2]
 # "bias": router buffers that change, so that they must be averaged, saved and restored.
 TINY = {"hidden_size": 16, "depth": 2, "num_heads": 2, "num_experts": 4, "moe_intermediate_size": 8, "balance": "bias"}
 
@@ -42,3 +46,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def start(code: list[str], config: TrainConfig) -> subprocess.Popen:
+    """Python's `code` with `config` on its command line, in a process group of its own and on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, *code, *command_line(config)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )

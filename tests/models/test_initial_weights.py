@@ -65,9 +65,6 @@ def test_a_model_from_the_meta_device_is_as_new(name) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(torch.nan)
     model.reset_parameters()
-    for module in model.modules():
-        if hasattr(module, "reset_tables"):
-            module.reset_tables()
     for key, tensor in model.state_dict().items():
         assert tensor.isfinite().all(), key
         # Of the constructor's draws nothing is left but their spread.
