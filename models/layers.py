@@ -40,7 +40,7 @@ class BottleneckPatchEmbed(nn.Module):
 
 def unpatchify(x: Tensor, patch_size: int) -> Tensor:
     """(B, N, patch_size^2 * C) tokens of a square image, channels innermost -> (B, C, H, W)."""
-    side = math.isqrt(x.shape[1])
+    side = round(x.shape[1] ** 0.5)
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=patch_size, q=patch_size)
 
 

@@ -148,7 +148,7 @@ class RoPEAttention(nn.Module):
             raise ValueError(f"x: expected at least the {self.num_prefix_tokens} prefix tokens, got {x.shape[1]}")
         if self.rope == "1d":
             return ops.rope_table(self.rope, self.head_dim, num_rotated, device=x.device)
-        side = math.isqrt(num_rotated)
+        side = round(num_rotated**0.5)  # which compilers trace, as they do not isqrt
         if side * side != num_rotated:
             raise ValueError(
                 f"x: expected a square number of tokens for rope {self.rope!r}, got {num_rotated}; set grid_size"

@@ -46,7 +46,8 @@ def grid_of(rope: str | None, grid_size: tuple[int, int] | int) -> tuple[int, in
     """(rows, columns) of a grid_size as `rope_table` takes it, which raises for others as told there."""
     sizes = grid_size if isinstance(grid_size, tuple | list) else (1, grid_size) if rope == "1d" else (grid_size,) * 2
     try:
-        sizes = tuple(map(operator.index, sizes))
+        # What is an int already stays: index() would fix a size that a compiler traces.
+        sizes = tuple(size if isinstance(size, int | torch.SymInt) else operator.index(size) for size in sizes)
     except TypeError:
         raise TypeError(f"grid_size: expected integers, got {grid_size!r}") from None
     if len(sizes) != 2 or min(sizes) < 0:
