@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import adaln, attention, expert_choice, experts, routing, token_choice, whole_models
+from benchmarks import adaln, attention, expert_choice, experts, grouped_gemm, routing, token_choice, whole_models
 from benchmarks.goals import GOALS, Key
 from benchmarks.registry import Case, Where
 
@@ -13,7 +13,7 @@ ALONE = ("models", "other-models")  # leave no room on the GPU for anything else
 
 
 def all_cases(where: Where) -> list[Case]:
-    kinds = experts, token_choice, expert_choice, routing, attention, adaln, whole_models
+    kinds = experts, grouped_gemm, token_choice, expert_choice, routing, attention, adaln, whole_models
     return [case for kind in kinds for case in kind.cases(where)]
 
 

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.cases import ALONE, PARTS
-from benchmarks.files import load
+from benchmarks.files import kept_from_running, load
 from benchmarks.goals import report
 from benchmarks.report import write
 
@@ -115,16 +115,20 @@ def check(results: Path, budget: float, tests: Sequence[str], parts: Sequence[st
     with tempfile.TemporaryDirectory() as folder:
         written = []
         for part in parts:
-            seconds = left() - (ONE_MODEL if part in ALONE else 0)
-            if seconds <= 0:
+            needed, rest, number = ONE_MODEL if part in ALONE else 0, [], 0
+            if left() <= needed:
                 tell(part, (0, f"not begun: the budget of {budget:g} s is spent"))
-                continue
-            file = Path(folder, f"{part}.json")
-            options = f"--part={part}", f"--budget={seconds:.0f}", f"--benchmark-json={file}"
-            tell(part, run(pytest_of("benchmarks", *options), left() + GRACE))
-            if file.exists() and file.stat().st_size:
+            while left() > needed:
+                file = Path(folder, f"{part}-{number}.json")
+                options = f"--part={part}", f"--budget={left() - needed:.0f}", f"--benchmark-json={file}", *rest
+                tell(part, run(pytest_of("benchmarks", *options), left() + GRACE))
+                if not file.exists() or not file.stat().st_size:
+                    break
                 written.append(file)
                 results.write_text(json.dumps(load(written), indent=1) + "\n")
+                if not kept_from_running(load([file])):
+                    break
+                rest, number = [f"--rest-of={file}"], number + 1  # in a process that is not spoiled
     if not written:
         tell("goals", (1, "nothing was timed"))
     else:

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import timing
+from benchmarks.files import CAPTURE_FAILED, kept_from_running, load
+
 _TIMED: list[dict[str, Any]] = []
 _NOT_RUN: list[dict[str, Any]] = []
 _CEILINGS: dict[str, float] = {}
@@ -24,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     about = "start no benchmark later than this; the most telling come first"
     parser.addoption("--budget", type=float, metavar="SECONDS", help=about)
     parser.addoption("--part", help="run one part alone, as benchmarks.cases calls it")
+    about = "run alone what that file says a failed capture of a graph kept from being run"
+    parser.addoption("--rest-of", type=Path, metavar="FILE", help=about)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,11 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if part := config.getoption("part"):
         items[:] = [item for item in items if (own := item.get_closest_marker("part")) and own.args[0] == part]
+    if file := config.getoption("rest_of"):
+        rest = kept_from_running(load([file]))
+        items[:] = [item for item in items if item.nodeid in rest]
 
 
 @pytest.fixture
 def spent(request: pytest.FixtureRequest) -> str | None:
     """Why nothing more is to be started, or None."""
+    if timing.BROKEN:
+        return CAPTURE_FAILED
     budget = request.config.getoption("budget")
     late = budget is not None and time.monotonic() - _START > budget
     return f"the budget of {budget:g} s is spent" if late else None
@@ -52,9 +62,8 @@ def spent(request: pytest.FixtureRequest) -> str | None:
 def ceilings() -> dict[str, float]:
     """The machine's copy bandwidth and its rate of products, measured once."""
     from benchmarks.registry import CPU, GPU
-    from benchmarks.timing import ceilings
 
-    _CEILINGS.update(ceilings(GPU if torch.cuda.is_available() else CPU))
+    _CEILINGS.update(timing.ceilings(GPU if torch.cuda.is_available() else CPU))
     return _CEILINGS
 
 

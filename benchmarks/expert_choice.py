@@ -71,7 +71,7 @@ class Official(ExpertChoice):
             else:
                 count = int((prediction > layer.expert_threshold[expert]).sum())
             gates, indices = score.topk(count)
-            out = out.index_add(0, indices, (self.network(expert, x[indices]) * gates[:, None]).to(x.dtype))
+            out.index_add_(0, indices, (self.network(expert, x[indices]) * gates[:, None]).to(x.dtype))
             chosen[indices, expert] = 1
         if not self.training:
             return out

@@ -27,7 +27,7 @@ OTHERS = {
     "DSMoE-B-E48": Shape(32768, 768, 256, 48, 5),
     "DSMoE-3B-E16": Shape(16384, 1152, 2880, 16, 2),
 }
-SAMPLING_TOKENS = (512, 2048)
+SAMPLING_TOKENS = (256, 512, 2048)
 
 
 class Experts(nn.Module):

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+CAPTURE_FAILED = "the capture of a CUDA graph failed before it in this process"
+MARK = "\N{DAGGER}"
+MARKED = "launched from Python, its waits for the device included; all else is replayed as a CUDA graph"
 SAME = ("device", "compute_capability", "driver", "torch", "cuda", "triton", "commit")
 
 
@@ -38,6 +41,22 @@ def load(paths: Sequence[Path]) -> dict[str, Any]:
         if found := dict.fromkeys(run[key] for run in runs if run.get(key)):
             merged["run"][key] = separator.join(found)
     return merged
+
+
+def kept_from_running(data: Mapping[str, Any]) -> set[str]:
+    """The tests that were skipped since a capture had failed in their process."""
+    return {one["test"] for one in data.get("not_run", []) if one["reason"] == CAPTURE_FAILED}
+
+
+def time_each(ms: float, record: Mapping[str, Any]) -> float:
+    """Of an image where it is a whole model's step, which providers may run with different numbers of images."""
+    return ms / (record.get("images") or 1)
+
+
+def marked(provider: str, record: Mapping[str, Any]) -> str:
+    """Its name, with a mark if its times on a GPU hold the host's work too."""
+    launched = record.get("compute_capability") and not record.get("captured", True)
+    return f"{provider} {MARK}" if launched else provider
 
 
 def _case(facts: Mapping[str, Any]) -> tuple[Any, ...]:

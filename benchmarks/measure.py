@@ -14,12 +14,17 @@ INPUTS = 3  # that runs take in turn
 
 
 def outcome(module: nn.Module, x: Tensor, direction: str) -> dict[str, Any]:
-    """What a case computes: "result", and in BOTH the gradients of the input and of the parameters by name."""
+    """What a case computes: "result", and in BOTH the gradients of the input and of the parameters by name.
+
+    A module whose parameters are laid out in its own way has a function ``gradients`` that gives them as others do.
+    """
     if direction != BOTH:
         return {"result": forward(module, x)()}
     result = forward_and_backward(module, x)()
-    grads = {f"grad of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return {"result": result, "grad of x": x.grad, **grads}
+    grads = {"x": x.grad, **{name: parameter.grad for name, parameter in module.named_parameters()}}
+    if hasattr(module, "gradients"):
+        grads |= module.gradients()
+    return {"result": result, **{f"grad of {name}": grad for name, grad in grads.items() if grad is not None}}
 
 
 def forward(module: nn.Module, x: Tensor) -> Callable[[], Any]:
@@ -74,11 +79,12 @@ def prepare(case: Case, provider: Provider, where: Where) -> tuple[list[Callable
         del right
     del found
     measured = {}
-    if case.direction == BOTH:
+    if case.direction == BOTH and (provider.fullgraph or not provider.compiled):  # of parts neither way finds all
         measured["saved_mib"] = mib(saved_bytes(module, x, compiled=provider.compiled))
     step_of = forward_and_backward if case.direction == BOTH else forward
     steps = [step_of(module, one) for one in in_other_orders(x)]
     if where.device == "cuda":
+        steps[0]()  # makes its weightings
         module.zero_grad(set_to_none=True)
         x.grad = None
         measured["peak_mib"] = mib(peak_bytes(steps[0]))

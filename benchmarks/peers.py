@@ -158,8 +158,7 @@ def megablocks(experts: Experts) -> Compute:
     """MegaBlocks (0.10.0): the dropless experts of its `dMoE`, without its router, in the grouped variant.
 
     Its sparse variant refuses Triton 3.2 and later; see `block_sparse`. Sorting, counting and both movements are
-    inside, and the host waits for the counts. Gate and up are two matrices and two products. Its weights are its own
-    parameters, under its own names, so that their gradients are not compared with the reference.
+    inside, and the host waits for the counts. Gate and up are two matrices and two products.
     """
     from megablocks import Arguments, ParallelDroplessMLP
 
@@ -181,11 +180,18 @@ def megablocks(experts: Experts) -> Compute:
         )
     )
     gate, up = experts.up.detach().chunk(2, dim=1)
+    own = layer.mlp.w1, layer.mlp.v1, layer.mlp.w2  # (E I, D) each
     with torch.no_grad():
-        for own, weight in ((layer.mlp.w1, gate), (layer.mlp.v1, up), (layer.mlp.w2, experts.down.mT)):
-            own.copy_(weight.reshape(own.shape))  # (E I, D)
+        for one, weight in zip(own, (gate, up, experts.down.mT), strict=True):
+            one.copy_(weight.reshape(one.shape))
     experts.up = experts.down = None
     experts.layer = layer
+
+    def gradients() -> dict[str, Tensor]:
+        gate, up, down = (one.grad.unflatten(0, (shape.experts, -1)) for one in own)
+        return {"up": torch.cat([gate, up], dim=1), "down": down.mT}
+
+    experts.gradients = gradients
 
     def compute(experts: Experts, x: Tensor) -> Tensor:
         weights = experts.topk_weights.to(x.dtype)  # as its router gives them
@@ -200,22 +206,25 @@ def block_sparse(experts: Experts) -> Compute:
     Each expert's rows are padded to blocks of 128, and what lies between the two products is one block-sparse matrix,
     a block row of which has the columns of one expert. Gate and up are one product, where MegaBlocks has two. The block
     indices are given; they are int32, since from Triton 3.2 on stk's kernels overflow with MegaBlocks' int16 past 255
-    blocks. Rows move by this project's `permute` and `unpermute`, in the place of MegaBlocks' own kernels.
+    blocks. Rows move by this project's `permute` and `unpermute` in Triton, in the place of MegaBlocks' own kernels.
 
     The down-projection is laid out (E, I, D) in memory, so that all weights are views. An expert's width that is no
-    multiple of 128 is padded with zeros, as MegaBlocks asks of its users; such weights have names of their own, so that
-    their gradients are not compared with the reference.
+    multiple of 128 is padded with zeros, as MegaBlocks asks of its users.
     """
     import stk
     import stk.ops
 
     shape, padding = experts.shape, -experts.shape.inner % BLOCK
+    movement = "triton" if experts.up.is_cuda else "torch"
     up = F.pad(experts.up.detach().unflatten(1, (2, -1)), (0, 0, 0, padding)).flatten(1, 2)  # (E, 2 I, D)
     down = F.pad(experts.down.detach(), (0, padding)).mT.contiguous().mT  # (E, D, I)
-    experts.up = experts.down = None
-    prefix = "padded_" if padding else ""
-    for name, weight in (("up", up), ("down", down)):
-        setattr(experts, prefix + name, nn.Parameter(weight))
+    experts.up, experts.down = nn.Parameter(up), nn.Parameter(down)
+
+    def gradients() -> dict[str, Tensor]:
+        unpadded = experts.up.grad.unflatten(1, (2, -1))[:, :, : shape.inner]
+        return {"up": unpadded.flatten(1, 2), "down": experts.down.grad[..., : shape.inner]}
+
+    experts.gradients = gradients
 
     routing, places = padded(experts.routing)
     block_experts = routing.row_experts[::BLOCK]
@@ -231,14 +240,14 @@ def block_sparse(experts: Experts) -> Compute:
     places_of_pre = matrix(nothing, wide, 2 * blocks)
 
     def compute(experts: Experts, x: Tensor) -> Tensor:
-        up, down = getattr(experts, prefix + "up"), getattr(experts, prefix + "down")
         gates = experts.gates.new_zeros(routing.num_rows).index_copy(0, places, experts.gates)
         placed = replace(routing, gates=gates)
-        rows = ops.permute(x, placed)  # (P, D)
-        pre = stk.ops.sdd(rows, up.flatten(0, 1).t(), places_of_pre).data  # (P / 128 * 2 I / 128, 128, 128)
+        rows = ops.permute(x, placed, backend=movement)  # (P, D)
+        pre = stk.ops.sdd(rows, experts.up.flatten(0, 1).t(), places_of_pre).data  # (P / 128 * 2 I / 128, 128, 128)
         gate, value = pre.unflatten(0, (-1, 2, blocks)).unbind(1)
         hidden = matrix((F.silu(gate) * value).flatten(0, 1), narrow, blocks)  # (P, E I)
-        return ops.unpermute(stk.ops.dsd(hidden, down.mT.flatten(0, 1)), placed)
+        rows = stk.ops.dsd(hidden, experts.down.mT.flatten(0, 1))
+        return ops.unpermute(rows, placed, backend=movement)
 
     return compute
 

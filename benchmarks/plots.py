@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.files import MARK, MARKED
+
 if TYPE_CHECKING:
     from benchmarks.report import Row
 
@@ -57,7 +59,10 @@ def bars(path: Path, title: str, where: str, rows: Sequence[Row]) -> None:
         ceilings = [time for time, row in zip(times, those, strict=True) if row.ceiling]
         if ceilings:
             axes.axvline(min(ceilings), color="0.3", linestyle="--", linewidth=1, zorder=0)
-    unit = "ms an image" if any(row.images for row in rows) else "ms"
-    panels[-1].set_xlabel(f"{unit}, median and 20th to 80th percentile; hatched and dashed: the ceiling", fontsize=8)
+    label = "ms an image" if any(row.images for row in rows) else "ms"
+    label += ", median and 20th to 80th percentile; hatched and dashed: the ceiling"
+    if any(MARK in row.provider for row in rows):
+        label += f"\n{MARK}: {MARKED}"
+    panels[-1].set_xlabel(label, fontsize=8)
     figure.suptitle(f"{title}\n{where}", fontsize=10.5)
     figure.savefig(path)

@@ -1,8 +1,10 @@
 """Writes what "auto" takes: ``python -m benchmarks.prefer results.json`` turns a run on a GPU into a table.
 
 The table is ``diffmoe_kernels/measured.json``; rows of the same op, chip and shape class are replaced, others stay. A
-backend is fastest in a class where the geometric mean of its times over the class's cases is the least. Where an op has
-no path of PyTorch but its definition, that is called "torch", as `diffmoe_kernels.backend.plain` does.
+backend is fastest in a class where the geometric mean of its times over the class's cases is the least. Each class has
+two rows, for calls in eager mode and for those that torch.compile traces, where PyTorch's way counts with its fastest
+compiled time. An op without any times the same in both. Where an op has no path of PyTorch but its definition, that is
+called "torch", as `diffmoe_kernels.backend.plain` does.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import operator
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -26,7 +29,7 @@ TOKENS = (
     *("router_topk", "routing_from_topk", "token_choice_drop", "token_drop", "token_drop_predicted"),
     *("capacity_loss", "capacity_quantile"),
 )
-MOVEMENT = ("permute", "unpermute", "adaln", "gated_residual_adaln")
+MOVEMENT = ("permute", "unpermute", "adaln", "gated_residual", "gated_residual_adaln")
 
 
 def shape_class(record: Mapping[str, Any]) -> str | None:
@@ -38,6 +41,9 @@ def shape_class(record: Mapping[str, Any]) -> str | None:
         return measured.movement_class(record["T"], dtype)
     if op == "experts":
         return measured.experts_class(record["T"] * record["K"], record["E"], record["I"], dtype, training)
+    if op == "grouped_gemm":
+        narrower = min(record["I"], record["D"])
+        return measured.experts_class(record["T"] * record["K"], record["E"], narrower, dtype, training)
     if op == "rope_attention":
         prepared = record["rope"] is not None, record["norm"] is not None
         return measured.attention_class(record["N"], record["d"], *prepared, dtype, training)
@@ -57,18 +63,26 @@ def rows(data: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
     capability = data.get("run", {}).get("compute_capability")
     if not capability:
         raise ValueError(f"{source}: expected a run on a GPU, got one on {data.get('run', {}).get('device')}")
-    times: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    # By op, class and whether under torch.compile; by case; by backend: the times by whether that is how it was timed.
+    times: dict[tuple[str, str, bool], Any] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    )
     for one in data["benchmarks"]:
         record = one["extra_info"]
-        if not record.get("backend") or record["compiled"] or not record["published_size"]:
+        if not record.get("backend") or not record["published_size"]:
             continue
         if record["weights_dtype"] != record["dtype"] or (found := shape_class(record)) is None:
             continue
         backend = "torch" if record["backend"] == "reference" else record["backend"]
         case = f"{record['name']}, {record['direction']}"
-        times[record["op"], found][case][backend] = round(one["stats"]["median"] * 1e3, 5)
+        for compiled in {record["compiled"], True}:
+            times[record["op"], found, compiled][case][backend][record["compiled"]].append(one["stats"]["median"] * 1e3)
     table = []
-    for (op, found), cases in sorted(times.items()):
+    for (op, found, compiled), timed in sorted(times.items()):
+        cases = {
+            case: {backend: round(min(by[True] or by[False]), 5) for backend, by in backends.items()}
+            for case, backends in timed.items()
+        }
         common = set.intersection(*(set(case) for case in cases.values()))
         if len(common) < 2:
             continue  # nothing to compare with
@@ -79,6 +93,7 @@ def rows(data: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
                 "op": op,
                 "capability": capability,
                 "shape_class": found,
+                "compiled": compiled,
                 "fastest": min(means, key=means.__getitem__),
                 "cases": shown,
                 "source": source,
@@ -89,7 +104,7 @@ def rows(data: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The old rows, but for those that the new ones replace, and the new, in order."""
-    key = lambda row: (row["op"], row["capability"], row["shape_class"])  # noqa: E731
+    key = operator.itemgetter(*measured.KEYS)
     return sorted({**{key(row): row for row in old}, **{key(row): row for row in new}}.values(), key=key)
 
 
@@ -110,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmarks.prefer: {error}", file=sys.stderr)
         return 2
     for row in new:
-        print(f"{row['op']}, {row['shape_class']}: {row['fastest']}")
+        print(f"{row['op']}, {row['shape_class']}{', compiled' * row['compiled']}: {row['fastest']}")
     return 0
 
 

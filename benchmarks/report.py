@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import load
+from benchmarks.files import MARK, MARKED, load, marked, time_each
 from models.markdown import markdown_table
 
 HEAD = ["case", "provider", "median ms", "20th to 80th percentile", "x the ceiling", "rate"]
@@ -27,6 +27,7 @@ Kept: by autograd for the backward, parameters aside. Peak: what the allocator h
 held before. Of whole models: in all, with weights, optimizer and average; optimizer, what AdamW and the average
 take of a training step. The largest batch is the largest power of two that fits, and the share of the product's rate is
 the model FLOP utilisation."""
+LAUNCHED = f"{MARK}: {MARKED}."
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,11 @@ def _rows(case: Mapping[str, tuple[float, Mapping[str, Any]]], limits: Mapping[s
         if record["ceiling"]:
             kind = record["weights_dtype"]
             ceilings[kind] = min(ms, ceilings.get(kind, ms))
-    for ms, record in sorted(case.values(), key=lambda one: one[0]):
+    for ms, record in sorted(case.values(), key=lambda one: time_each(*one)):
         ceiling = ceilings.get(record["weights_dtype"])
         yield Row(
             case=record["name"],
-            provider=record["provider"],
+            provider=marked(record["provider"], record),
             ms=ms,
             low=record["p20_ms"],
             high=record["p80_ms"],
@@ -112,12 +113,12 @@ def _rows(case: Mapping[str, tuple[float, Mapping[str, Any]]], limits: Mapping[s
 
 
 def _rate(ms: float, record: Mapping[str, Any], limits: Mapping[str, float]) -> str:
-    """Operations or bytes a second, whichever is nearer to what the machine can do."""
+    """Operations or bytes a second, whichever is nearer to what the machine can do; nothing where neither counts."""
     rates = {
         "FLOP/s": (record["flops"] / ms * 1e3, limits.get("product_flops_per_second")),
         "B/s": (record["least_bytes"] / ms * 1e3, limits.get("copy_bytes_per_second")),
     }
-    shares = {unit: rate / limit for unit, (rate, limit) in rates.items() if limit}
+    shares = {unit: rate / limit for unit, (rate, limit) in rates.items() if limit and rate}
     if not shares:
         return ""
     unit = max(shares, key=shares.__getitem__)
@@ -178,7 +179,8 @@ def _name(one: Mapping[str, Any]) -> str:
 def tables(data: Mapping[str, Any], heading: str = "## ") -> str:
     """All of a run in Markdown."""
     parts = [f"{heading}{name}\n\n{table(rows)}" for name, rows in groups(data).items()]
-    return "\n\n".join(part for part in (origin(data), *parts, not_run(data), LEGEND) if part)
+    launched = LAUNCHED if any(MARK in part for part in parts) else ""
+    return "\n\n".join(part for part in (origin(data), *parts, not_run(data), LEGEND, launched) if part)
 
 
 def machine(data: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -234,10 +235,17 @@ def cases(where: Where) -> list[Case]:
     predicted = ours(predicted_with, "triton", "cuda", "reference")
     loss, quantile = (ours(function, "triton", "reference") for function in (loss_with, quantile_with))
     found = []
+
+    def add(op: str, name: str, *how: Any, sampling: bool) -> None:
+        """At a training step's tokens, and at those of one sampling step of two images."""
+        found.append(Case(op, name, FORWARD, TRAINING[name], *how))
+        if sampling:
+            found.append(Case(op, f"{name}, sampling 512", FORWARD, replace(TRAINING[name], tokens=512), *how))
+
     for name in ("DSMoE-L-E48", "DSMoE-S-E48"):
-        shape, right = TRAINING[name], of(combine_exactly)
-        found.append(Case("unpermute", name, FORWARD, shape, combine, rows, right, combine_cost))
-        found.append(Case("permute", name, FORWARD, shape, gather, tokens, of(gather_plainly), gather_cost))
+        large = name == "DSMoE-L-E48"
+        add("unpermute", name, combine, rows, of(combine_exactly), combine_cost, sampling=large)
+        add("permute", name, gather, tokens, of(gather_plainly), gather_cost, sampling=large)
     token_choice, expert_choice = "DSMoE-S-E48", "DiffMoE-L-E8"
     for op, name, providers, inputs, right, cost, agree in (
         ("router_topk", token_choice, router, scores, router_with, router_cost, same_choice),
@@ -248,5 +256,5 @@ def cases(where: Where) -> list[Case]:
         ("capacity_loss", expert_choice, loss, scores, loss_with, loss_cost, close),
         ("capacity_quantile", expert_choice, quantile, scores, quantile_with, loss_cost, close),
     ):
-        found.append(Case(op, name, FORWARD, TRAINING[name], providers, inputs, of(right("reference")), cost, agree))
+        add(op, name, providers, inputs, of(right("reference")), cost, agree, sampling=True)
     return found

@@ -48,7 +48,7 @@ class Loop(Parts):
             own, slots = torch.where(ids == expert)
             gate, value = F.linear(x[own], up).chunk(2, dim=-1)
             rows = F.linear(F.silu(gate) * value, down)
-            out = out.index_add(0, own, (rows * weights[own, slots, None]).to(x.dtype))
+            out.index_add_(0, own, (rows * weights[own, slots, None]).to(x.dtype))
         return out + self.shared_expert(x)
 
 

@@ -1,7 +1,8 @@
 """What "auto" takes on a GPU: for each op and shape class the backend that was measured fastest.
 
-The table is ``measured.json``: rows of an op, a compute capability, a shape class, the fastest backend, and the figures
-that say so with the file of results they are from. ``python -m benchmarks.prefer results.json`` writes it.
+The table is ``measured.json``: rows of an op, a compute capability, a shape class, whether under torch.compile, the
+fastest backend, and the figures that say so with the file of results they are from. ``python -m benchmarks.prefer
+results.json`` writes it. Where PyTorch's way was timed compiled, that is what a kernel has to beat under torch.compile.
 What is not in it was not measured, and "auto" passes over a kernel there, unless PyTorch's own way would wait for the
 device. (The "torch" backend of `experts` has our kernels between its products whatever the table says.)
 """
@@ -23,7 +24,10 @@ NARROW = 512  # intermediate size of fine-grained experts
 MANY_TOKENS = 4096
 SHORT = 512  # tokens of a sample
 
-Key = tuple[str, str, str]  # op, compute capability as in "9.0", shape class
+Key = tuple[str, str, str, bool]  # op, compute capability as in "9.0", shape class, whether under torch.compile
+
+
+KEYS = "op", "capability", "shape_class", "compiled"
 
 
 def load(file: Path = FILE) -> dict[Key, str]:
@@ -36,7 +40,7 @@ def load(file: Path = FILE) -> dict[Key, str]:
         rows = json.loads(file.read_text())
         if not isinstance(rows, list):
             raise TypeError(f"not {type(rows).__name__}")
-        return {(row["op"], row["capability"], row["shape_class"]): row["fastest"] for row in rows}
+        return {tuple(row[key] for key in KEYS): row["fastest"] for row in rows}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: expected a list of measured rows, got {error!r}") from error
 
@@ -63,7 +67,8 @@ def fastest(
             return False
         if rival_loses is not None and rival_loses(first, *args, **options):
             return True
-        return TABLE.get((op, capability, shape_class(first, *args, **options))) == backend
+        found = shape_class(first, *args, **options)
+        return TABLE.get((op, capability, found, torch.compiler.is_compiling())) == backend
 
     return automatic
 

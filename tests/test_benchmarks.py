@@ -56,7 +56,7 @@ def test_every_provider_runs_and_is_right(case: Case, provider: str) -> None:
         pytest.skip(reason)
     steps, measured = measure.prepare(case, how, TINY)
     steps[0]()
-    assert ("saved_mib" in measured) == (case.direction == BOTH)
+    assert ("saved_mib" in measured) == (case.direction == BOTH and how.fullgraph)
     facts = case.facts(provider, TINY)
     assert json.loads(json.dumps(facts)) == facts
     assert facts["least_bytes"] > 0 and not facts["published_size"]
@@ -76,6 +76,21 @@ def test_a_wrong_result_has_no_time(name, factor) -> None:
 
     with pytest.raises(AssertionError, match="no time"):
         measure.prepare(case, replace(right, build=wrong), TINY)
+
+
+@pytest.mark.parametrize("lost", [("up",), ("gates", "topk_weights")])
+def test_a_missing_gradient_has_no_time(lost) -> None:
+    case = CASES["experts, DSMoE-L-E16, forward+backward"]
+    right = case.providers["torch"]
+
+    def without(shape, where, dtype):
+        module = right.build(shape, where, dtype)
+        for name in lost:
+            getattr(module, name).requires_grad_(False)
+        return module
+
+    with pytest.raises(AssertionError, match=f"grad of {lost[0]}.*: not computed: no time"):
+        measure.prepare(case, replace(right, build=without), TINY)
 
 
 def test_a_wrong_record_has_no_time() -> None:
@@ -343,7 +358,7 @@ def test_a_budget_stops_what_has_not_begun(tmp_path) -> None:
         "benchmarks",
         "-q",
         "-k",
-        "token_drop and reference and not predicted",
+        "token_drop and reference and not predicted and not sampling",
         "--budget=0",
         f"--benchmark-json={path}",
     ]

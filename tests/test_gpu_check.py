@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks import check, files, goals, prefer, whole_models
 from benchmarks.cases import ALONE, PARTS, all_cases, pairs
+from benchmarks.files import CAPTURE_FAILED
 from benchmarks.registry import GPU
 from tests.sanitizer import sanitized
 
@@ -81,9 +83,11 @@ def test_files_as_one(tmp_path, capsys) -> None:
     assert "1.000 ms (triton)" in capsys.readouterr().out
     table = tmp_path / "table.json"
     assert prefer.main([*map(str, paths), "--table", str(table)]) == 0
-    (row,) = json.loads(table.read_text())
-    assert row["source"] == "one.json, two.json, three.json" and row["fastest"] == "triton"
-    assert [case["name"].split(",")[0] for case in row["cases"]] == ["DSMoE-L-E16", "DSMoE-L-E48"]
+    found = json.loads(table.read_text())
+    assert [row["compiled"] for row in found] == [False, True]
+    for row in found:
+        assert row["source"] == "one.json, two.json, three.json" and row["fastest"] == "triton"
+        assert [case["name"].split(",")[0] for case in row["cases"]] == ["DSMoE-L-E16", "DSMoE-L-E48"]
     assert files.load(paths[:1]) == part("DSMoE-L-E16")
     paths = saved(tmp_path, one=part("DSMoE-L-E16", command="a"), two=part("DSMoE-L-E48", command="b"))
     assert files.load(paths)["run"]["command"] == "a; b"
@@ -183,6 +187,47 @@ def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypa
     assert sorted(warmed) == sorted(set(PARTS) - set(ALONE))  # a whole model leaves the tests no memory
     budgets = {words.split("--part=")[1].split()[0]: words.split("--budget=")[1].split()[0] for words in timed}
     assert float(budgets["models"]) < float(budgets["extras"]) - 40
+
+
+def test_what_a_failed_capture_kept_from_running_runs_in_another_process(tmp_path, monkeypatch, capsys) -> None:
+    commands = []
+
+    def run(command: list[str], seconds: float) -> tuple[int, str]:
+        if not (written := [word.partition("=")[2] for word in command if word.startswith("--benchmark-json=")]):
+            return 0, "told"
+        commands.append(command)
+        found = part("DSMoE-L-E48" if len(commands) == 3 else "DSMoE-L-E16")
+        if len(commands) < 3:
+            kept = {"test": f"test[{len(commands)}]", "outcome": "skipped", "reason": CAPTURE_FAILED}
+            facts = {**part("DSMoE-L-E48")["benchmarks"][0]["extra_info"]}
+            found["not_run"] = [facts | kept]
+        Path(written[0]).write_text(json.dumps(found))
+        return 0, "told"
+
+    monkeypatch.setattr(check, "build", lambda: (0, "built"))
+    monkeypatch.setattr(check, "run", run)
+    results = tmp_path / "gpu.json"
+    assert check.check(results, 100.0, [], ["experts"]) == 0
+    assert len(commands) == 3
+    for before, after in itertools.pairwise(commands):
+        (file,) = (word.partition("=")[2] for word in before if word.startswith("--benchmark-json="))
+        assert f"--rest-of={file}" in after
+    assert not any(word.startswith("--rest-of") for word in commands[0])
+
+
+def test_the_rest_of_a_run_is_collected_alone(tmp_path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--collect-only", "--part=experts"]
+    of_part = subprocess.run(command, capture_output=True, text=True, cwd=check.ROOT, check=True).stdout
+    first, second, *_ = (line for line in of_part.splitlines() if "::" in line)
+    data = part("DSMoE-L-E48")
+    data["not_run"] = [
+        {"test": first, "outcome": "skipped", "reason": CAPTURE_FAILED},
+        {"test": second, "outcome": "failed", "reason": "wrong"},
+    ]
+    (file,) = saved(tmp_path, one=data)
+    rest = subprocess.run([*command, f"--rest-of={file}"], capture_output=True, text=True, cwd=check.ROOT, check=True)
+    assert [line for line in rest.stdout.splitlines() if "::" in line] == [first]
 
 
 def test_a_spent_budget_starts_nothing(tmp_path, monkeypatch, capsys) -> None:

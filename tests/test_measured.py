@@ -12,7 +12,8 @@ from diffmoe_kernels import MoE, Routing, backend, measured, ops
 from diffmoe_kernels.measured import attention_class, experts_class, fastest, load, movement_class, tokens_class
 from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED
 
-ROW = {"op": "unpermute", "capability": "9.0", "shape_class": "bfloat16, few tokens", "fastest": "triton"}
+ROW = {"op": "unpermute", "capability": "9.0", "shape_class": "bfloat16, few tokens", "compiled": False}
+ROW |= {"fastest": "triton"}
 
 
 def test_the_table_in_the_package():
@@ -59,15 +60,16 @@ def test_fastest_asks_device_dtype_and_class(monkeypatch):
 
 
 def load_rows(*rows: dict) -> dict:
-    return {(row["op"], row["capability"], row["shape_class"]): row["fastest"] for row in rows}
+    return {tuple(row[key] for key in measured.KEYS): row["fastest"] for row in rows}
 
 
 @pytest.fixture
 def as_measured(monkeypatch):
     """As on a GPU where the kernels were measured fastest for training, PyTorch for inference."""
     rows = [
-        {**ROW, "op": "experts", "shape_class": f"float32, few rows, narrow, {mode}", "fastest": name}
-        for mode, name in (("training", "triton"), ("inference", "torch"))
+        {**ROW, "op": "experts", "shape_class": f"float32, few rows, narrow, {mode}", "compiled": compiled} | fastest
+        for mode, fastest in (("training", {"fastest": "triton"}), ("inference", {"fastest": "torch"}))
+        for compiled in (False, True)
     ]
     monkeypatch.setattr(measured, "TABLE", load_rows(*rows))
     monkeypatch.setattr(measured, "capability_of", lambda device: "9.0")
@@ -98,6 +100,19 @@ def test_auto_compiles_to_one_graph(as_measured):
     x = torch.randn(4, 8)
     assert torch.allclose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), atol=1e-6)
     assert len(as_measured) == 2
+
+
+def test_a_compiler_has_rows_of_its_own(monkeypatch):
+    monkeypatch.setattr(measured, "TABLE", load_rows(ROW, {**ROW, "compiled": True, "fastest": "torch"}))
+    monkeypatch.setattr(measured, "capability_of", lambda device: "9.0")
+    takes = fastest("unpermute", "triton", lambda x: movement_class(len(x), x.dtype))
+
+    def choose(x):
+        return x + takes(x)
+
+    x = torch.zeros(8, 4, dtype=torch.bfloat16)
+    assert (choose(x) == 1).all()
+    assert (torch.compile(choose, fullgraph=True, backend="aot_eager")(x) == 0).all()
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from benchmarks import experts, peers
 from benchmarks.measure import outcome
 from benchmarks.registry import BOTH, CPU, GPU, Case, Shape, Where, close
-from diffmoe_kernels.testing import relative_error
 from diffmoe_kernels.triton_support import HAS_TRITON
 
 HERE = replace(CPU, resize=lambda shape: shape, triton=True)
@@ -107,21 +106,15 @@ def test_block_sparse(request, package: str, inner: int) -> None:
     """With the package itself too, in Triton's interpreter."""
     request.getfixturevalue(package)
     module, found, right = checked(STK, replace(GATED, inner=inner))
-    if inner == 128:
-        assert compared(found, right) == {"x", "up", "down", "gates"}
-        return
-    assert compared(found, right) == {"x", "gates"}
-    up = module.padded_up.grad.unflatten(1, (2, 128))
-    down = module.padded_down.grad
-    assert relative_error(up[:, :, :inner].flatten(1, 2), right["grad of up"]) < 1e-5
-    assert relative_error(down[:, :, :inner], right["grad of down"]) < 1e-5
+    assert compared(found, right) == {"x", "up", "down", "gates"}
+    up, down = module.up.grad.unflatten(1, (2, 128)), module.down.grad
     assert not up[:, :, inner:].any() and not down[:, :, inner:].any()  # the padding stays 0
 
 
 def test_block_sparse_weights_are_views(stk) -> None:
     """Nothing is laid out anew in a run."""
     module = case(GATED).providers[STK].module(GATED, HERE)
-    assert module.padded_down.mT.is_contiguous() and module.padded_up.is_contiguous()
+    assert module.down.mT.is_contiguous() and module.up.is_contiguous()
 
 
 def test_rows_are_padded_to_blocks() -> None:
@@ -261,11 +254,8 @@ class ParallelDroplessMLP(nn.Module):
 
 def test_megablocks(monkeypatch) -> None:
     install(monkeypatch, "megablocks", Arguments=Arguments, ParallelDroplessMLP=ParallelDroplessMLP)
-    module, found, right = checked(MEGABLOCKS, GATED)
-    assert compared(found, right) == {"x", "topk_weights"}
-    gate, value, back = (one.grad.unflatten(0, (GATED.experts, -1)) for one in module.layer.mlp.parameters())
-    assert relative_error(torch.cat([gate, value], 1), right["grad of up"]) < 1e-5
-    assert relative_error(back.mT, right["grad of down"]) < 1e-5
+    _, found, right = checked(MEGABLOCKS, GATED)
+    assert compared(found, right) == {"x", "up", "down", "topk_weights"}
 
 
 def reasons(where: Where, shape: Shape = GATED) -> dict[str, str | None]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 
 import pytest
 
 from benchmarks import prefer
-from benchmarks.registry import BOTH, FORWARD
+from benchmarks.cases import all_cases
+from benchmarks.registry import BOTH, FORWARD, GPU
 from diffmoe_kernels import measured
 
 
@@ -37,7 +40,10 @@ def test_the_fastest_over_a_class() -> None:
         record("router_topk", "S-E48", "triton", 0.02, direction=FORWARD),
         record("router_topk", "S-E48", "reference", 0.3, direction=FORWARD),
     )
-    found = {(row["op"], row["shape_class"]): row for row in prefer.rows(data, "h200.json")}
+    table = prefer.rows(data, "h200.json")
+    found = {(row["op"], row["shape_class"]): row for row in table if not row["compiled"]}
+    compiled = [{**row, "compiled": False} for row in table if row["compiled"]]
+    assert compiled == list(found.values())  # as nothing was timed compiled
     assert {key: row["fastest"] for key, row in found.items()} == {
         ("experts", WIDE): "triton",
         ("experts", "bfloat16, many rows, narrow, training"): "torch",
@@ -54,12 +60,53 @@ def test_the_fastest_over_a_class() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"backend": None}, {"compiled": True}, {"published_size": False}, {"weights_dtype": "float32"}, {"op": "mlp"}],
+    [{"backend": None}, {"published_size": False}, {"weights_dtype": "float32"}, {"op": "mlp"}],
 )
 def test_what_says_nothing_about_a_choice(changes) -> None:
     other = record("experts", "L-E16", "torch", 3.0) | {}
     other["extra_info"] |= changes
     assert prefer.rows(run(record("experts", "L-E16", "triton", 2.0), other), "f") == []
+
+
+def test_every_choice_can_be_measured(monkeypatch) -> None:
+    """Each op that asks the table has cases on a GPU, with a rival; those of tokens of both classes."""
+    asked = set()
+    kept = {one: sys.modules[one] for one in sys.modules if one.startswith("diffmoe_kernels.ops.")}
+    monkeypatch.setattr(measured, "fastest", lambda op, *_, **__: asked.add(op) or False)
+    for name, module in kept.items():
+        if hasattr(module, "fastest"):
+            spec = importlib.util.find_spec(name)
+            fresh = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(fresh)
+    known = {}
+    for case in all_cases(GPU):
+        for provider, how in case.providers.items():
+            facts = case.facts(provider, GPU)
+            if how.backend and not how.masters and case.op in asked:
+                known.setdefault((case.op, prefer.shape_class(facts)), set()).add(how.backend)
+    assert {op for op, _ in known} == asked > {"experts", "grouped_gemm", "gated_residual"}
+    assert all(found is not None and len(backends) > 1 for (_, found), backends in known.items())
+    for op in asked & {*prefer.TOKENS, *prefer.MOVEMENT}:
+        assert {found.split()[-2] for one, found in known if one == op} == {"few", "many"}, op
+
+
+def test_under_a_compiler_the_rival_is_what_it_compiles() -> None:
+    """Its fastest; another case's time in eager mode does not stand in for it."""
+    data = run(
+        record("adaln", "L", "triton", 0.03),
+        record("adaln", "L", "torch", 0.2),
+        record("adaln", "L", "torch", 0.018, compiled=True),
+        record("adaln", "L", "torch", 0.05, compiled=True),
+        record("permute", "L", "triton", 0.3),
+        record("permute", "L", "torch", 0.1, compiled=True),
+    )
+    found = {(row["op"], row["compiled"]): row for row in prefer.rows(data, "f")}
+    assert {key: row["fastest"] for key, row in found.items()} == {
+        ("adaln", False): "triton",
+        ("adaln", True): "torch",
+        ("permute", True): "torch",
+    }
+    assert found["adaln", True]["cases"][0]["ms"] == {"torch": 0.018, "triton": 0.03}
 
 
 def test_a_run_without_a_gpu_is_refused(tmp_path, capsys) -> None:
@@ -90,7 +137,7 @@ def test_new_rows_replace_old_ones(tmp_path, capsys) -> None:
     file.write_text(json.dumps(run(record("experts", "L", "triton", 4.0), record("experts", "L", "torch", 3.0))))
     assert prefer.main([str(file), "--table", str(table)]) == 0
     assert measured.load(table) == {
-        ("experts", "9.0", WIDE): "torch",
-        ("unpermute", "9.0", "bfloat16, many tokens"): "triton",
+        **{("experts", "9.0", WIDE, compiled): "torch" for compiled in (False, True)},
+        **{("unpermute", "9.0", "bfloat16, many tokens", compiled): "triton" for compiled in (False, True)},
     }
-    assert capsys.readouterr().out.splitlines()[-1] == f"experts, {WIDE}: torch"
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"experts, {WIDE}: torch", f"experts, {WIDE}, compiled: torch"]

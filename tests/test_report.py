@@ -83,6 +83,28 @@ def test_a_rate_is_the_larger_share_of_a_limit() -> None:
     assert row.rate == ""  # no limit is known
 
 
+def test_the_largest_batch_is_compared_by_the_image() -> None:
+    """The one that holds more images takes longer, and is faster."""
+    records = [timed("triton", 500.0, images=512), timed("grouped_mm", 370.0, images=256)]
+    rows = report.groups({"benchmarks": records})["experts, forward+backward"]
+    assert [row.provider for row in rows] == ["triton", "grouped_mm"]
+
+
+def test_what_the_host_launches_is_marked() -> None:
+    on_gpu = {"compute_capability": "9.0"}
+    records = [timed("triton", 1.0, captured=True, **on_gpu), timed("loop", 9.0, captured=False, **on_gpu)]
+    text = report.tables({"run": RUN, "benchmarks": records})
+    assert {row[1] for row in cells(text)[2:]} == {"loop \N{DAGGER}", "triton"}
+    assert text.endswith(report.LAUNCHED)
+    records = [timed("triton", 1.0, captured=False, compute_capability=None)]  # on a CPU nothing is captured
+    assert "\N{DAGGER}" not in report.tables({"benchmarks": records})
+
+
+def test_what_neither_computes_nor_moves_has_no_rate() -> None:
+    (row,) = report.groups({"run": RUN, "benchmarks": [timed("permute", 1.0, flops=0, least_bytes=0)]}).popitem()[1]
+    assert row.rate == ""
+
+
 def test_the_table() -> None:
     head, rule, *rows = cells(report.table(report.groups(DATA)["experts, forward+backward"]))
     assert "peak MiB" not in head and head[-1] == "kept MiB"  # no one has a peak

@@ -112,6 +112,37 @@ def test_what_waits_for_the_host_is_timed_run_by_run(gpu) -> None:
     assert gpu.graphs == 0 and "around one run" in words
 
 
+def test_a_step_that_no_graph_can_hold_is_named_and_ends_the_process_s_times(gpu, monkeypatch) -> None:
+    """PyTorch's own error at the end of a capture says nothing of what broke it."""
+    monkeypatch.setattr(timing, "BROKEN", [])
+    kind = timing.torch.cuda.graph
+
+    class Broken(kind):
+        def __exit__(self, *error: object) -> None:
+            super().__exit__()
+            if error[0] is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(timing.torch.cuda, "graph", Broken)
+
+    def waits() -> None:
+        gpu.spend(1e-3)
+        if gpu.captured is not None:
+            raise ValueError("an item was asked for")
+
+    with pytest.raises(ValueError, match="an item was asked for"):
+        timing.timed([waits], captured=True, on_gpu=True)
+    assert len(timing.BROKEN) == 1
+
+
+def test_a_run_shorter_than_the_clearing_varies_has_no_time(gpu, monkeypatch) -> None:
+    clearing = timing._clearing
+    monkeypatch.setattr(timing, "_clearing", lambda runs: 1.01 * clearing(runs))
+    with pytest.raises(AssertionError, match="no time"):
+        timing.timed([lambda: gpu.spend(1e-8)], captured=True, on_gpu=True)
+    monkeypatch.setattr(timing, "_clearing", clearing)
+
+
 def test_runs_in_a_graph() -> None:
     assert timing.runs_of(1.0, 3) == 3  # each input once
     assert timing.runs_of(1e-4, 3) == 12  # a millisecond in all

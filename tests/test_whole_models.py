@@ -79,14 +79,16 @@ def test_bfloat16_by_autocast(few, provider) -> None:
     assert case.facts(provider, where)["weights_dtype"] == "float32"
 
 
-def test_grouped_mm_in_place_of_the_experts(few, monkeypatch) -> None:
+@pytest.mark.parametrize("model", ["DSMoE-L-E16", "JiTMoE-L/16-E16"])
+def test_grouped_mm_in_place_of_the_experts(few, monkeypatch, model) -> None:
     """In bfloat16, which it is compiled in; the tolerance is for tokens that are routed otherwise."""
     monkeypatch.setitem(whole_models.LIMITS, torch.bfloat16, 0.5)
-    case = CASES["sampling step", "DSMoE-L-E16"]
+    case = CASES["sampling step", model]
     provider = case.providers["grouped_mm, compiled"]
     where = replace(COMPILED, dtype=torch.bfloat16)
-    model = provider.build(where.resize(case.shape), where, torch.float32)
-    assert [type(one) for one in model.modules() if isinstance(one, Experts)] == [whole_models.GroupedMM]
+    built = provider.build(where.resize(case.shape), where, torch.float32)
+    kinds = {type(one) for one in built.modules() if isinstance(one, Experts)}
+    assert kinds == {whole_models.GroupedMM}
     steps, _ = measure.prepare(case, provider, where)
     assert steps[0]().isfinite().all()
 
@@ -192,6 +194,8 @@ def test_equal_activated_parameters() -> None:
 class Memory:
     """A GPU of so much room, a step that keeps ``fixed`` and takes ``slope`` for an image and ``once`` in all."""
 
+    error = torch.OutOfMemoryError
+
     def __init__(self, room: float, fixed: float, slope: float, once: float = 0.0) -> None:
         self.room, self.fixed, self.slope, self.once, self.tried = room, fixed, slope, once, []
 
@@ -199,7 +203,7 @@ class Memory:
         self.tried.append(count)
         most = self.fixed + max(self.slope * count, self.once)
         if most > self.room:
-            raise torch.OutOfMemoryError(f"{most} of {self.room}")
+            raise self.error(f"Triton Error [CUDA]: out of memory: {most} of {self.room}")
         return int(self.fixed), int(most)
 
 
@@ -217,17 +221,35 @@ def test_the_largest_batch(memory, found, tried) -> None:
     assert memory.tried == tried
 
 
+def test_the_drivers_word_for_it_counts_too() -> None:
+    memory = Memory(1100, 100, 1, once=20)
+    memory.error = RuntimeError
+    assert largest_batch(memory, 20, 64, 1100) == 512
+
+
 def test_a_batch_that_does_not_fit() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         largest_batch(Memory(100, 90, 1), 0, 64, 100)
 
 
-def test_a_batch_that_does_not_fit_is_skipped_with_the_reason(few, monkeypatch) -> None:
+def test_another_error_is_none_of_memory() -> None:
+    def memory(count: int) -> tuple[int, int]:
+        if count > 64:
+            raise RuntimeError("an illegal memory access")
+        return 1, 2
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        largest_batch(memory, 0, 64, 1000)
+
+
+@pytest.mark.parametrize("where", ["the reference", "the model"])
+def test_a_batch_that_does_not_fit_is_skipped_with_the_reason(few, monkeypatch, where) -> None:
     def too_large(self, images, at_once):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     case = CASES["training step", "DiT-L/2"]
-    monkeypatch.setattr(whole_models, "right", lambda *args: ({}, {}))
+    if where == "the model":
+        monkeypatch.setattr(whole_models, "right", lambda *args: ({}, {}))
     monkeypatch.setattr(Training, "outcome", too_large)
     with pytest.raises(SkipTest, match="8 images do not fit"):
         measure.prepare(case, case.providers["torch"], CPU)
