@@ -75,20 +75,27 @@ def why_no_kernel(tensor: Tensor, *, dtypes: Collection[torch.dtype], on_cpu: bo
     if tensor.dtype not in dtypes:
         return f"the kernels take {', '.join(str(one) for one in dtypes)}, not {tensor.dtype}"
     if tensor.is_cuda:
-        enough = device_capability(tensor.device) >= (8, 0)
-        return None if enough else "the kernels need a GPU of compute capability 8.0 or more"
+        found = device_capability(tensor.device)
+        if found == NO_DEVICE:
+            return "there is no CUDA device"
+        return None if found >= (8, 0) else "the kernels need a GPU of compute capability 8.0 or more"
     if tensor.device.type != "meta" and not on_cpu:
         return f"the tensors are on {tensor.device.type}, the kernels need a CUDA device"
     return None
 
 
+NO_DEVICE = (0, 0)
+
+
 def device_capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU, as in (9, 0)."""
+    """Of a GPU, as in (9, 0); `NO_DEVICE` where there is none and the tensors on it are fake."""
     find = _find_capability if torch.compiler.is_compiling() else _known_capability  # Dynamo warns of a cache
     return find(device)
 
 
 def _find_capability(device: torch.device) -> tuple[int, int]:
+    if not torch.cuda.is_available():
+        return NO_DEVICE
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.checks import device_capability
+from diffmoe_kernels.checks import NO_DEVICE, device_capability
 
 FILE = Path(__file__).with_name("measured.json")
 FEW_ROWS, SOME_ROWS = 32, 128  # of an average expert
@@ -75,9 +75,9 @@ def fastest(
 
 def capability_of(device: torch.device) -> str | None:
     """A GPU's compute capability as in "9.0"; None where there is none."""
-    if device.type != "cuda":
+    if device.type != "cuda" or (found := device_capability(device)) == NO_DEVICE:
         return None
-    return "{}.{}".format(*device_capability(device))
+    return "{}.{}".format(*found)
 
 
 def tokens_class(num_tokens: int) -> str:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from diffmoe_kernels import available_backends
-from diffmoe_kernels.backend import BACKENDS, Implementation, check_backend, run
+from diffmoe_kernels import Routing, available_backends, ops
+from diffmoe_kernels.backend import BACKENDS, KERNEL_BACKENDS, Implementation, check_backend, run
 
 X = torch.zeros(())
 FAST = Implementation(lambda x, ready: "fast", lambda x, ready: None if ready else "it is not ready")
@@ -54,3 +55,16 @@ def test_available_backends_tells_each_or_why_not():
     assert set(told) == set(BACKENDS) - {"auto"}
     assert told["reference"] == told["torch"] == "available"
     assert all(text.startswith(("available", "not available: ")) for text in told.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fakes a GPU where there is none")
+def test_fake_tensors_on_a_gpu_that_is_not_there():
+    """As when memory is estimated on another machine: PyTorch's way is traced, a kernel refuses with the reason."""
+    with FakeTensorMode():
+        x, shift = torch.empty(2, 4, 8, device="cuda", dtype=torch.bfloat16), torch.empty(2, 8, device="cuda")
+        assert ops.adaln(x, shift, shift).device.type == "cuda"
+        for backend in KERNEL_BACKENDS:
+            ends, rows, gates = (torch.empty(4, device="cuda", dtype=one) for one in (torch.int32, torch.int32, None))
+            routing = Routing(rows, gates, ends, torch.empty(5, device="cuda", dtype=torch.int32), rows)
+            with pytest.raises(NotImplementedError, match="there is no CUDA device|not built|triton is not installed"):
+                ops.permute(torch.empty(4, 8, device="cuda"), routing, backend=backend)

@@ -92,6 +92,17 @@ def test_error_is_at_most_twice_that_of_sdpa(num_tokens, head_dim, norm, dtype):
     check_accuracy(triton, sdpa, dtype, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_keys_whose_scores_are_minus_infinity_weigh_nothing(dtype):
+    qkv = torch.randn(1, 200, 3, 1, 16, dtype=dtype)
+    qkv[:, :, 0] = 1e20
+    qkv[:, :150, 1] = -1e20  # products below float32's range; the first blocks hold nothing else
+    qkv[:, 150:, 1] = 1e-20
+    results = [ops.rope_attention(qkv, backend=backend) for backend in ("triton", "reference")]
+    assert results[1].isfinite().all()
+    assert_close(*results, tolerance=1e-6 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 30), (torch.float32, 1e4), (torch.bfloat16, 1e4)])
 def test_huge_scores_stay_finite(dtype, factor):
     """One token's query and key are so long that exp of its scores overflows."""

@@ -198,6 +198,32 @@ def test_a_second_derivative_is_refused(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("name", ["up_proj", "down_proj", "up_bias", "down_bias"])
+def test_a_second_derivative_by_one_weight_alone_is_refused(backend, name):
+    """As where all others are frozen."""
+    routing, weights = routing_of(requires_grad=False), parameters()
+    trained = {key: value if key == name else value.detach() for key, value in weights.items()}
+    y = experts(tokens().detach(), routing, **trained, backend=backend)
+    (grad,) = torch.autograd.grad(y.sum(), weights[name], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(grad.square().sum() + weights[name].square().sum(), weights[name])
+
+
+@each_backend
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_masters_that_change_before_the_backward_are_those_of_the_forward(backend, create_graph):
+    routing, weights = routing_of(requires_grad=False), parameters()
+    x = tokens().detach().bfloat16().requires_grad_()
+    found = []
+    for factor in (1, 3):
+        changed = {name: value.detach().clone() for name, value in weights.items()}
+        y = experts(x, routing, **changed, backend=backend)
+        changed["down_proj"].mul_(factor)
+        found.append(torch.autograd.grad(y.float().sum(), x, create_graph=create_graph)[0])
+    assert torch.equal(*found)
+
+
+@each_backend
 def test_rows_past_the_last_group_are_never_read(backend):
     """Expert choice at inference has a bound of rows; past the count the record is 0 and the memory poison."""
     tokens_of = torch.tensor([[0, 3, 0], [1, 0, 0], [0, 0, 0]])

@@ -19,6 +19,7 @@ from diffmoe_kernels.ops.experts._triton_backward import (
     activation_backward,
     groups_of,
     products_with_bias,
+    rows_of_tile,
 )
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum
@@ -110,7 +111,9 @@ def _activation_backward_kernel(
 def _epilogue(pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: Tensor | None, activation: str) -> None:
     num_groups, width = group_offsets.shape[0], (pre if hidden is None else hidden).shape[1]
     block_c = min(next_power_of_2(width), COLUMNS)
-    grid = (triton.cdiv(pre.shape[0], ELEMENTS // block_c), triton.cdiv(width, block_c))
+    groups = next_power_of_2(num_groups)
+    block_r = rows_of_tile(ELEMENTS, block_c, groups)
+    grid = (triton.cdiv(pre.shape[0], block_r), triton.cdiv(width, block_c))
     _epilogue_kernel[grid](
         pre,
         pre if bias is None else bias,
@@ -120,8 +123,8 @@ def _epilogue(pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: T
         width,
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
-        GROUPS=next_power_of_2(num_groups),
-        BLOCK_R=ELEMENTS // block_c,
+        GROUPS=groups,
+        BLOCK_R=block_r,
         BLOCK_C=block_c,
     )
 
@@ -179,7 +182,8 @@ def backward(
     grad_pre, weighted, grad_gates = torch.empty_like(pre), torch.empty_like(grad_hidden), torch.empty_like(gates)
     num_groups, hidden_size, width = down.shape
     block_c = min(next_power_of_2(width), COLUMNS)
-    block_r = ELEMENTS_BACKWARD // block_c
+    groups = next_power_of_2(num_groups)
+    block_r = rows_of_tile(ELEMENTS_BACKWARD, block_c, groups)
     _activation_backward_kernel[(triton.cdiv(pre.shape[0], block_r),)](
         grad_hidden,
         gates,
@@ -196,7 +200,7 @@ def backward(
         hidden_size,
         ACTIVATION=activation,
         HAS_BIAS=down_bias is not None,
-        GROUPS=next_power_of_2(num_groups),
+        GROUPS=groups,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
     )

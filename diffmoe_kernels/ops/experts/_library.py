@@ -119,12 +119,24 @@ def _(grad, x, gates, token_indices, group_offsets, token_offsets, token_rows, u
     )
 
 
+class _Tied(torch.autograd.Function):
+    """A tensor, as depending on others too: what is computed with it has no derivative."""
+
+    @staticmethod
+    def forward(ctx, tensor, *others):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("experts: no autograd formula was registered for a second derivative")
+
+
 def _save(ctx, inputs, output):
     x, gates, up_master, down_master, up_bias_master, down_bias_master, residual, *maps = inputs[:11]
     up, down, _, down_bias, activation, _, products = inputs[11:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.masters = up_master, down_master  # parameters, which are there anyway
+    ctx.masters = [one for one in inputs[2:6] if one is not None]  # parameters, which are there anyway
     ctx.activation, ctx.products = activation, products
     ctx.weight_dtype = torch.promote_types(up_master.dtype, down_master.dtype)  # autograd casts to each one's own
     biases = [bias.dtype for bias in (up_bias_master, down_bias_master) if bias is not None]
@@ -143,7 +155,7 @@ def _backward(ctx, grad, _):
     if not any(needs[:6]):
         return *(None,) * 6, grad_residual, *(None,) * 11
     if torch.is_grad_enabled():  # the casts hang on no graph, and a second derivative would miss the weights
-        tensors[6:8] = (one.to(tensors[0].dtype).contiguous() for one in ctx.masters)
+        pre = _Tied.apply(pre, *ctx.masters)
     arguments = (ctx.activation, needs[0], needs_weights, ctx.weight_dtype, ctx.bias_dtype, ctx.products)
     grads = _experts_backward(grad, *tensors, pre, *arguments)
     return *(one if need else None for one, need in zip(grads, needs[:6], strict=True)), grad_residual, *(None,) * 11

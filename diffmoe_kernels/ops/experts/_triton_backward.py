@@ -179,6 +179,11 @@ def _gate_gradients_kernel(
     tl.store(out + rows, total, mask=rows < num_rows)
 
 
+def rows_of_tile(elements: int, columns: int, groups: int) -> int:
+    """As many as give it that many elements; fewer where `groups_of` compares each row with many groups."""
+    return max(elements // max(columns, groups // 8), 1)
+
+
 def down_backward(
     grad_out: Tensor,
     token_indices: Tensor,
@@ -230,10 +235,10 @@ def down_backward(
     sizes = (num_rows, num_groups, width, depth)
     # Its epilogue holds as much as that of a pair.
     parts = launch(tile or best_product_tile("down_backward", launch, sizes, pre.dtype, activation, paired=True))
-    has_bias = down_bias is not None
+    has_bias, groups = down_bias is not None, next_power_of_2(num_groups)
     block_c = min(next_power_of_2(depth), COLUMNS)
     block_p = next_power_of_2(parts.shape[0])
-    block_r = max(ELEMENTS_BACKWARD // (block_c if has_bias else block_p), 4)
+    block_r = rows_of_tile(ELEMENTS_BACKWARD, block_c, groups) if has_bias else max(ELEMENTS_BACKWARD // block_p, 4)
     _gate_gradients_kernel[(triton.cdiv(num_rows, block_r),)](
         parts,
         group_offsets,
@@ -246,7 +251,7 @@ def down_backward(
         num_parts=parts.shape[0],
         hidden_size=depth,
         HAS_BIAS=has_bias,
-        GROUPS=next_power_of_2(num_groups),
+        GROUPS=groups,
         BLOCK_P=block_p,
         BLOCK_R=block_r,
         BLOCK_C=block_c,

@@ -27,6 +27,7 @@ from diffmoe_kernels.ops.rope_attention._prepare import (
 from diffmoe_kernels.ops.rope_attention.tiles import pick_tile, programs_of_head
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: where a block's scores are all -inf, their weights are 0, not NaN
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def _forward_kernel(
             q_head, rows, num_tokens, stride, cos, sin, q_weight, q_bias, eps, scale * LOG2E,
             ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
         )  # fmt: skip
-        highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        highest = tl.full((BLOCK_M,), LOWEST, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         result = zeros_like_head(BLOCK_M, HALF, TAIL)
         if KEPT > 0:
