@@ -6,6 +6,8 @@ nvcc that is not on the PATH; CMAKE_ARGS is given to CMake.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shlex
 import shutil
@@ -16,6 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -31,9 +34,8 @@ def find_nvcc() -> str | None:
 
 
 def pure(reason: str) -> list[Extension]:
-    """One line that says so; an extension of an earlier build in place would be loaded all the same."""
+    """One line that says so."""
     print(f"diffmoe-kernels: pure Python, {reason}", file=sys.stderr)
-    (ROOT / "diffmoe_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
     return []
 
 
@@ -50,6 +52,24 @@ def extensions() -> list[Extension]:
             )
         return pure("since there is no nvcc")
     return [Extension("diffmoe_kernels._C", sources=[])]
+
+
+class Build(build_py):
+    """The Python files. Installed in place they would go on loading the extension of an earlier build."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode and not self.distribution.ext_modules:
+            (ROOT / "diffmoe_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+
+
+def path_of_tools() -> str:
+    """The PATH, with the cmake and ninja that pip brought for the build, or that this environment has, first."""
+    folders = []
+    for module, folder in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
+        with contextlib.suppress(ImportError, AttributeError):
+            folders.append(getattr(importlib.import_module(module), folder))
+    return os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])
 
 
 class CMakeBuild(build_ext):
@@ -70,10 +90,9 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         shutil.rmtree(folder, ignore_errors=True)  # of another environment's pybind11
-        own = str(Path(sys.executable).parent)  # an environment's cmake and ninja, activated or not
-        environment = os.environ | {"PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)])}
+        environment = os.environ | {"PATH": path_of_tools()}
         for command in (configure, ["cmake", "--build", str(folder)]):
             subprocess.run(command, env=environment, check=True)
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild, "build_py": Build})

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -60,14 +59,12 @@ def run(command: list[str], seconds: float, grace: float = GRACE) -> tuple[int, 
 
 
 def build() -> tuple[int, str]:
-    """The CUDA extension beside the package, anew where its sources are; without nvcc it is left out."""
+    """The CUDA extension beside the package, anew where its sources are; without nvcc `setup.py` leaves it out."""
     built = ROOT / "diffmoe_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [ROOT / "CMakeLists.txt", *ROOT.glob("csrc/*")]
     if not built.exists() or any(path.stat().st_mtime > built.stat().st_mtime for path in sources):
-        if shutil.which("nvcc") is None:
-            return 0, "not built: no nvcc"
         status, told = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 180)
-        if status:
+        if status or not built.exists():
             return status, told
     return run([sys.executable, "-c", "from diffmoe_kernels.cuda_support import status; print(status())"], 60)
 

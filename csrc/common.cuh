@@ -51,7 +51,12 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t grid, int t
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   kernel<<<static_cast<unsigned>(grid), threads, 0, on>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) fail(std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error));
+  if (error != cudaSuccess) {
+    const bool of_any = error == cudaErrorIllegalAddress || error == cudaErrorMisalignedAddress ||
+                        error == cudaErrorAssert || error == cudaErrorLaunchFailure;
+    fail(std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error) +
+         (of_any ? ", in this kernel or one that was launched before it" : ""));
+  }
 #endif
 }
 

@@ -1,8 +1,15 @@
-// Whether there is a device to launch on.
+// Whether there is a device to launch on, and whether this build has code for it.
 #include "common.cuh"
 #include "ops.h"
 
 namespace diffmoe {
+
+namespace {
+
+// Nothing launches it: that the driver has it says that it has the code of all.
+[[maybe_unused]] __global__ void probe_kernel() {}
+
+}  // namespace
 
 std::string why_no_device() {
 #ifdef DIFFMOE_ON_CPU
@@ -10,8 +17,30 @@ std::string why_no_device() {
 #else
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // else the next launch of this thread would report it
+    return cudaGetErrorString(error);
+  }
   return count ? "" : "there is no CUDA device";
+#endif
+}
+
+std::string why_not_on(int device) {
+#ifdef DIFFMOE_ON_CPU
+  (void)device;
+  return "";
+#else
+  int before = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&attributes, probe_kernel);
+    cudaSetDevice(before);
+  }
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);
 #endif
 }
 

@@ -6,6 +6,7 @@ as integers and holds nothing of torch.
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import torch
@@ -13,33 +14,50 @@ from torch import Tensor
 
 from diffmoe_kernels.checks import why_no_kernel
 
+NOT_BUILT = "not built: install diffmoe-kernels where nvcc is on the PATH"
+extension, not_loaded = None, None
 try:
     extension = importlib.import_module("diffmoe_kernels._C")
-except ModuleNotFoundError as error:
-    if error.name != "diffmoe_kernels._C":
-        raise
-    extension = None
+except ModuleNotFoundError:
+    not_loaded = NOT_BUILT
+except ImportError as error:  # such as of a C++ library that is older than the compiler's
+    not_loaded = f"built, but does not load: {error}"
 HAS_CUDA = extension is not None
 ON_CPU = HAS_CUDA and extension.on_cpu  # built for a CPU, for tests
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common.cuh has the same numbers
-NOT_BUILT = "not built: install diffmoe-kernels where nvcc is on the PATH"
 
 
 def why_not_cuda(tensor: Tensor) -> str | None:
     """Why no kernel of the extension can run on this tensor, or None."""
     if not HAS_CUDA:
-        return f"the CUDA extension is {NOT_BUILT}"
-    return why_no_kernel(tensor, dtypes=TYPES, on_cpu=ON_CPU)
+        return f"the CUDA extension is {not_loaded}"
+    reason = why_no_kernel(tensor, dtypes=TYPES, on_cpu=ON_CPU)
+    return why_not_on(tensor.get_device()) if reason is None and tensor.is_cuda else reason
+
+
+@torch.compiler.assume_constant_result
+def why_not_on(device: int) -> str | None:
+    """Why the extension can't run on that GPU, or None: it was built without code for it, or for a newer driver."""
+    reason = _ask(device)
+    return f"the CUDA extension can't run on GPU {device}: {reason}" if reason else None
+
+
+@functools.cache
+def _ask(device: int) -> str:
+    return extension.why_not_on(device)
 
 
 def status() -> str:
     """ "available", or the reason why not, as `diffmoe_kernels.available_backends` tells it."""
     if not HAS_CUDA:
-        return NOT_BUILT
+        return not_loaded
     if ON_CPU:
         return "available: built for the CPU"
     reason = extension.why_no_device()
-    return f"built, no device: {reason}" if reason else "available"
+    if reason:
+        return f"built, no device: {reason}"
+    reason = extension.why_not_on(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    return f"built, not for this GPU: {reason}" if reason else "available"
 
 
 def address(tensor: Tensor | None) -> int:

@@ -11,6 +11,9 @@ from torch.utils import _pytree
 from diffmoe_kernels.checks import at_least_float32, check_floating, check_integer, check_same_device, check_shape
 
 
+MOST_ROWS = 2**31 - 1
+
+
 @dataclass(frozen=True, eq=False)
 class Routing:
     """Which tokens each expert computes, and how its outputs are weighted.
@@ -213,6 +216,12 @@ def _count(values: Tensor, num_values: int) -> Tensor:
 def _exclusive_offsets(counts: Tensor) -> Tensor:
     """(T,) counts -> (T + 1,) int32 offsets that begin with 0."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def check_rows(num_rows: int) -> None:
+    """Raises ValueError where a record's int32 numbers can't count so many rows."""
+    if num_rows > MOST_ROWS:
+        raise ValueError(f"a routing holds at most {MOST_ROWS} rows, its numbers being int32; got {num_rows}")
 
 
 def for_kernels(routing: Routing) -> Routing:

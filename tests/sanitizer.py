@@ -15,6 +15,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def find_sanitizer() -> str | None:
+    """The PATH's, or what lies beside an nvcc that is named or on the PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    compilers = os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", shutil.which("nvcc")
+    folders = [str(Path(compiler).resolve().parent) for compiler in compilers if compiler]
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+
+
 def sanitized(tool: str, script: str, *words: str, kernels: str, seconds: float = 240) -> tuple[str, int]:
     """What Python's ``script`` printed under the tool, with the tool's report, and how many faults that found.
 
@@ -27,7 +35,7 @@ def sanitized(tool: str, script: str, *words: str, kernels: str, seconds: float 
         kernels: what the names of those looked at hold; PyTorch's own take most of the time.
         seconds: after which all of it is killed.
     """
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = find_sanitizer()
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer")
     options = [f"--tool={tool}", "--target-processes=application-only", f"--kernel-name=kernel_substring={kernels}"]

@@ -8,27 +8,36 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
-CAN_BUILD = all(map(shutil.which, ("cmake", "ninja")))
+CAN_BUILD = all(shutil.which(name) or find_spec(name) for name in ("cmake", "ninja"))
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-needs_build = pytest.mark.skipif(NVCC is None or not CAN_BUILD, reason="needs nvcc, cmake and ninja")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 
 
-def setup(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a copy of setup.py, so that nothing is left in the checkout."""
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+def setup(
+    *words: str,
+    folder: Path,
+    before: Callable[[], object] = lambda: None,
+    python: str = sys.executable,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a copy of setup.py, so that nothing is left in the checkout; ``before`` runs when the copy is there."""
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("csrc", "diffmoe_kernels", "models"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    before()
     ours = ("CUDA_HOME", "CUDA_PATH", "CUDACXX", "DIFFMOE_BUILD_CUDA", "CMAKE_ARGS")
     known = {key: value for key, value in os.environ.items() if key not in ours}
-    command = [sys.executable, "setup.py", "-q", *words]
+    command = [python, "setup.py", "-q", *words]
     return subprocess.run(command, cwd=folder, env=known | environment, capture_output=True, text=True, check=False)
 
 
@@ -62,15 +71,77 @@ def test_what_cannot_be_asked_for(environment, told, tmp_path) -> None:
     assert done.returncode != 0 and told in done.stderr
 
 
+def broken(program: str, folder: Path) -> Path:
+    """A program of that name that fails, in a folder that is made for it."""
+    path = folder / "bin" / program
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho '{program}: no licence' >&2\nexit 1\n")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.mark.skipif(not CAN_BUILD, reason="needs cmake and ninja")
 def test_a_broken_nvcc_fails(tmp_path) -> None:
-    broken = tmp_path / "bin" / "nvcc"
-    broken.parent.mkdir()
-    broken.write_text("#!/bin/sh\necho 'no licence' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    done = setup("build", folder=tmp_path, CUDACXX=str(broken))
+    done = setup("build", folder=tmp_path, CUDACXX=str(broken("nvcc", tmp_path)))
     assert done.returncode != 0 and not libraries(tmp_path)
     assert "CMAKE_CUDA_COMPILER" in done.stdout + done.stderr or "CUDA compiler" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not all(map(find_spec, ("cmake", "ninja"))), reason="needs the packages cmake and ninja")
+def test_the_cmake_that_was_installed_for_the_build_comes_before_the_machines(tmp_path) -> None:
+    """Even before one that lies beside the interpreter, as in /usr/bin."""
+    nvcc, cmake = broken("nvcc", tmp_path), broken("cmake", tmp_path)
+    python = cmake.with_name("python")
+    python.symlink_to(sys.executable)
+    environment = {"PATH": f"{cmake.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = setup("build", folder=tmp_path, python=str(python), CUDACXX=str(nvcc), **environment)
+    assert "cmake: no licence" not in done.stderr
+    assert "CXX compiler identification" in done.stdout
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.skipif(not CAN_BUILD or not find_spec("pybind11"), reason="needs cmake, ninja and pybind11")
+def test_a_source_distribution_holds_all_that_its_build_reads(tmp_path) -> None:
+    """It is configured; ninja says what it would do, and that no source is missing."""
+    done = setup("sdist", folder=tmp_path, DIFFMOE_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("dist/*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = [name.partition("/")[2] for name in packed.getnames()]
+        packed.extractall(tmp_path / "unpacked", filter="data")
+    assert "diffmoe_kernels/measured.json" in names
+    assert not [name for name in names if name.startswith("tests") or name.endswith(".so")]
+    (source,) = (tmp_path / "unpacked").iterdir()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path}
+    for command in (
+        ["cmake", "-B", "build", "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"],
+        ["ninja", "-C", "build", "-n"],
+    ):
+        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not CAN_BUILD or not find_spec("pybind11"), reason="needs cmake, ninja and pybind11")
+@pytest.mark.parametrize(("asked", "kept"), [("-DCMAKE_CUDA_ARCHITECTURES=86", "86"), ("", "80-real;90a-real")])
+@needs_nvcc
+def test_architectures(asked, kept, tmp_path) -> None:
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}", *asked.split()]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, check=True)
+    (line,) = (one for one in (tmp_path / "CMakeCache.txt").read_text().splitlines() if "DIFFMOE_ARCH" in one)
+    assert line.partition("=")[2].startswith(kept)
+
+
+def test_the_extension_in_place_goes_with_an_install_of_pure_python_in_place_alone(tmp_path) -> None:
+    """Another install, or a question for the version, may be of another environment."""
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    for words, kept in (("--version", True), ("bdist_wheel", True), ("editable_wheel", False)):
+        (tmp_path / words).mkdir()
+        built = tmp_path / words / "diffmoe_kernels" / name
+        done = setup(words, folder=tmp_path / words, before=lambda built=built: built.touch(), DIFFMOE_BUILD_CUDA="0")
+        assert done.returncode == 0, done.stderr
+        assert built.exists() == kept, words
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +152,8 @@ def library(tmp_path_factory) -> Path:
     for installed in (ROOT / "diffmoe_kernels").glob(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"):
         if installed.stat().st_mtime > newest and set(resources(installed)) == set(ARCHITECTURES):
             return installed
-    pytest.importorskip("pybind11")
+    if NVCC is None or not CAN_BUILD or not find_spec("pybind11"):
+        pytest.skip("needs an installed extension, or nvcc, cmake, ninja and pybind11")
     folder = tmp_path_factory.mktemp("build")
     done = setup("build", folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,7 +178,7 @@ def resources(binary: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-@needs_build
+@needs_nvcc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills_or_keeps_an_array_in_local_memory(library, architecture) -> None:
     kernels = resources(library)[architecture]
@@ -129,7 +201,7 @@ def test_a_spill_is_seen(tmp_path) -> None:
     assert resources(binary)["sm_90a"]["_Z5spillPf"] > 0
 
 
-@needs_build
+@needs_nvcc
 def test_loads_of_16_bytes_are_in_flight_together(library) -> None:
     """Of bfloat16 rows: four before the first sum or product that waits for one, and in the gather three."""
     for part, before, wanted in (
@@ -154,7 +226,7 @@ except RuntimeError as error:
 """
 
 
-@needs_build
+@needs_nvcc
 def test_it_loads_where_there_is_no_device(library) -> None:
     """It says so, and a launch that fails names the kernel and its arguments."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

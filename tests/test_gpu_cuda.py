@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels import Routing, ops
-from diffmoe_kernels.cuda_support import HAS_CUDA, NOT_BUILT, extension
+from diffmoe_kernels.cuda_support import HAS_CUDA, extension, not_loaded
 from diffmoe_kernels.testing import assert_close, poisoned_allocations
 from tests.sanitizer import sanitized
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason=f"the extension is {NOT_BUILT}")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason=f"the extension is {not_loaded}")]
 SHAPES = {  # T, D, E, K
     "DSMoE-L-E48": (16384, 1024, 48, 5),
     "DSMoE-S-E48": (65536, 384, 48, 5),
@@ -223,6 +223,7 @@ def test_a_launch_waits_for_the_stream_that_it_is_on() -> None:
     """What a slow kernel on that stream writes is what it reads."""
     routing = routing_of(4096, 16, 2)
     x, stream = torch.zeros(4096, 512, device="cuda"), torch.cuda.Stream()
+    ops.permute(x, routing, backend="cuda")  # loads its code, which takes longer than the sleep
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)

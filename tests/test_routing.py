@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffmoe_kernels import Routing, ops
 from diffmoe_kernels.testing import random_topk
+from diffmoe_kernels.triton_support import HAS_TRITON
 
 FIELDS = ("token_indices", "gates", "group_offsets", "token_offsets", "token_rows")
 
@@ -192,3 +193,21 @@ def test_a_record_whose_tensors_do_not_fit(error, message, changed):
     routing = replace(Routing.from_topk(IDS, WEIGHTS, 3), **changed)
     with pytest.raises(error, match=message):
         ops.permute(torch.zeros(4, 2), routing)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_more_rows_than_int32_counts_are_refused():
+    """Before any kernel would write past its memory; the tensors here are views of one number."""
+    from diffmoe_kernels.ops.router_topk import _from_topk_library, _library
+    from diffmoe_kernels.ops.token_drop import _library as token_drop
+
+    scores, ids = torch.zeros(1).expand(2**23, 256), torch.zeros(1, dtype=torch.int32).expand(2**23, 256)
+    for function, *arguments in (
+        (token_drop._token_drop._function, scores, 2**23, 1, "triton"),
+        (token_drop._token_drop_predicted._function, scores, scores, scores[0], 2**23, False, "cuda"),
+        (token_drop._token_choice_drop._function, ids, scores, 256, 1, "triton"),
+        (_library._router_topk._function, scores, None, 256, False, 1, 1, 0.0, True, 1.0, "cuda"),
+        (_from_topk_library._routing_from_topk._function, scores, ids, 256),
+    ):
+        with pytest.raises(ValueError, match="at most 2147483647 rows, its numbers being int32; got 2147483648"):
+            function(*arguments)

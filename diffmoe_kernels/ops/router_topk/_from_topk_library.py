@@ -8,13 +8,14 @@ from torch import Tensor
 from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.router_topk._from_topk import sort_choices, sort_choices_backward
 from diffmoe_kernels.ops.router_topk.outputs import maps_like
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, check_rows
 
 
 @operator("routing_from_topk")
 def _routing_from_topk(
     topk_weights: Tensor, topk_ids: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_rows(topk_ids.numel())
     return sort_choices(topk_ids, topk_weights, num_experts)
 
 

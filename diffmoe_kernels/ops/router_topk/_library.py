@@ -10,7 +10,7 @@ from torch import Tensor
 from diffmoe_kernels.operator import launchers, operator
 from diffmoe_kernels.ops.router_topk.outputs import outputs_of
 from diffmoe_kernels.ops.router_topk.reference import RouterTopK
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, check_rows
 
 kernels = functools.partial(launchers, "router_topk")
 
@@ -28,6 +28,7 @@ def _router_topk(
     scaling_factor: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_rows(router_logits.shape[0] * top_k)
     return kernels(backend).route(
         router_logits,
         expert_bias,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffmoe_kernels.operator import launchers, operator
 from diffmoe_kernels.ops.token_drop.outputs import routing_of
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, check_rows
 
 kernels = functools.partial(launchers, "token_drop")
 
@@ -18,6 +18,7 @@ kernels = functools.partial(launchers, "token_drop")
 def _token_drop(
     scores: Tensor, expert_capacity: int, num_pools: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_rows(scores.shape[1] * num_pools * expert_capacity)
     return kernels(backend).route(scores, expert_capacity, num_pools)
 
 
@@ -30,6 +31,7 @@ def _(scores, expert_capacity, num_pools, backend):
 def _token_drop_predicted(
     scores: Tensor, logits: Tensor, thresholds: Tensor, max_capacity: int, by_token: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_rows(scores.shape[1] * max_capacity)
     return kernels(backend).route(scores, max_capacity, 1, logits, thresholds, by_token)
 
 
@@ -76,6 +78,7 @@ _token_drop_predicted.register_autograd(_backward_of_gates, setup_context=_save_
 def _token_choice_drop(
     topk_ids: Tensor, scores: Tensor, num_experts: int, expert_capacity: int, backend: str
 ) -> tuple[Tensor, Tensor]:
+    check_rows(topk_ids.numel())
     return kernels(backend).drop_choices(topk_ids, scores, num_experts, expert_capacity)
 
 
