@@ -1,4 +1,4 @@
-"""Kernels that make Mixture-of-Experts diffusion transformers fast, as drop-in PyTorch modules."""
+"""Kernels for Mixture-of-Experts diffusion transformers, as drop-in PyTorch modules."""
 
 from diffmoe_kernels.backend import available_backends
 from diffmoe_kernels.modules.attention import RoPEAttention

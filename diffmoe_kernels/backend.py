@@ -102,7 +102,7 @@ def available_backends() -> dict[str, str]:
 
 def _triton_status() -> str:
     if not HAS_TRITON:
-        return "not available: triton is not installed, pip install 'diffmoe-kernels[triton]'"
+        return "not available: triton is not installed: pip install triton"
     if torch.cuda.is_available():
         return "available"
     return "available: interpreted on the CPU" if INTERPRETED else "not available: there is no CUDA device"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Record = TypeVar("Record")
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -68,6 +70,22 @@ def check_same_device(**tensors: Tensor | None) -> None:
         if tensor.device != given[0].device:
             devices = [f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None]
             raise ValueError(f"tensors on different devices: {', '.join(devices)}")
+
+
+def as_records(aux: Record | Sequence[Record], kind: type[Record]) -> Sequence[Record]:
+    """What `update_routing_state` takes, as a sequence.
+
+    Raises:
+        TypeError: another object than a record of that kind or a sequence of them.
+        ValueError: no record at all.
+    """
+    records = [aux] if isinstance(aux, kind) else aux
+    if not isinstance(records, Sequence) or not all(isinstance(record, kind) for record in records):
+        kinds = [type(one).__name__ for one in records] if isinstance(records, Sequence) else [type(aux).__name__]
+        raise TypeError(f"aux: expected {kind.__name__}, or a sequence of them, got {', '.join(kinds)}")
+    if not records:
+        raise ValueError("aux: expected at least one record of a forward with return_aux=True, got none")
+    return records
 
 
 def why_no_kernel(tensor: Tensor, *, dtypes: Collection[torch.dtype], on_cpu: bool) -> str | None:

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from diffmoe_kernels.checks import at_least_float32, check_floating, check_integer, check_same_device, check_shape
-
+from diffmoe_kernels.checks import (
+    at_least_float32,
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_shape,
+    check_whole,
+)
 
 MOST_ROWS = 2**31 - 1
 
@@ -83,7 +89,7 @@ class Routing:
             A record of R = T * K rows.
 
         Raises:
-            TypeError: ids that are not integers or weights that are not floating.
+            TypeError: ids or a num_experts that are not integers, or weights that are not floating.
             ValueError: shapes that differ or are not (T, K), different devices, or num_experts < 1.
         """
         check_integer("topk_ids", topk_ids)
@@ -94,6 +100,7 @@ class Routing:
                 "topk_ids and topk_weights: expected one shape (T, K), got "
                 f"{tuple(topk_ids.shape)} and {tuple(topk_weights.shape)}"
             )
+        check_whole(num_experts=num_experts)
         if num_experts < 1:
             raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
         num_tokens, top_k = topk_ids.shape

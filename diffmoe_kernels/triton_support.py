@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def why_not_triton(tensor: Tensor, *, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
     """Why no Triton kernel can run on this tensor, or None."""
     if not HAS_TRITON:
-        return "triton is not installed: pip install 'diffmoe-kernels[triton]'"
+        return "triton is not installed: pip install triton"
     return why_no_kernel(tensor, dtypes=dtypes, on_cpu=INTERPRETED)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ExpertChoiceAux, ExpertChoiceMoE, MoE, MoEAux, RoPEAttention, ops
 from diffmoe_kernels.backend import Backend
-from diffmoe_kernels.checks import check_floating, check_integer, check_shape
+from diffmoe_kernels.checks import as_records, check_floating, check_integer, check_shape
 from diffmoe_kernels.modules import ExpertChoiceRouter, Experts, FeedForward, TopKRouter
 from models.layers import (
     AdaLNModulation,
@@ -306,11 +306,15 @@ class DiT(nn.Module):
 
         Args:
             aux: the record of the step's forward, or those of its micro-batches.
+
+        Raises:
+            TypeError: another object than a `ModelAux` or a sequence of them.
+            ValueError: no record at all.
         """
-        records = [aux] if isinstance(aux, ModelAux) else aux
+        records = as_records(aux, ModelAux)
         for index, block in enumerate(self.blocks):
             layer_records = [record.layers[index] for record in records]
-            if layer_records and layer_records[0] is not None:
+            if layer_records[0] is not None:
                 block.mlp.update_routing_state(layer_records)
 
     def _check(self, x: Tensor, t: Tensor, labels: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend
+from diffmoe_kernels.modules.buffers import reset_tables_after_load
 from diffmoe_kernels.ops.experts.reference import activate
 
 
@@ -55,6 +56,7 @@ class TimestepEmbedder(nn.Module):
         )
         self.register_buffer("frequencies", None, persistent=False)
         self.reset_tables()
+        self.register_load_state_dict_post_hook(reset_tables_after_load)
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) times, in [0, 1] for flow, 0 to 999 for DDPM -> (B, D)."""

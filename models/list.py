@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
+
 import torch
 
 from models import CONFIGS, count_parameters, create_model
@@ -36,5 +39,11 @@ def model_table() -> str:
     return markdown_table(HEADING, rows, right=HEADING[1:])
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    about = "Every model with its sizes, parameters in millions; activated is what one token uses."
+    argparse.ArgumentParser(prog="python -m models.list", description=about).parse_args(arguments)
     print(model_table())
+
+
+if __name__ == "__main__":
+    main()

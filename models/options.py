@@ -54,7 +54,9 @@ def config_parser(config_class: type, *, prog: str, description: str) -> "Argume
     try:
         from jsonargparse import ArgumentParser
     except ImportError as error:
-        raise ImportError(f"{error}; the command lines need: pip install 'diffmoe-kernels[train]'") from error
+        raise ImportError(
+            f"{error}; the command lines need the extra 'train': pip install '.[train]' in the checkout"
+        ) from error
 
     parser = ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="YAML file of options; options after it take precedence")

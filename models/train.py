@@ -6,10 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from models import CONFIGS
 from models.options import build_config, config_parser, read_yaml
 from models.training.config import TrainConfig
 from models.training.trainer import CONFIG_FILE, NonFiniteError, Trainer
 
+LATENT_CHANNELS = 4
+FIRST_WEIGHTS = 0.05  # the share of an average above which samples show it
 DESCRIPTION = """Train a diffusion transformer, in a run directory of its own. Ctrl-C stops it with
 a checkpoint; --resume goes on from there with the run's own options."""
 
@@ -31,6 +34,26 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
     return build_config(TrainConfig, parsed), parsed.resume
 
 
+def notes(trainer: Trainer) -> list[str]:
+    """What is allowed, and seldom meant."""
+    config, model, found = trainer.config, trainer.model.config, []
+    usual = CONFIGS[config.model].in_channels
+    if usual == LATENT_CHANNELS != model.in_channels and "in_channels" not in config.model_options:
+        size = f"{model.in_channels} x {model.input_size} x {model.input_size}"
+        found.append(
+            f"{config.model} usually trains on latents of {usual} channels and gets pixels here, {size}: "
+            f"{(model.input_size // model.patch_size) ** 2} tokens an image; --autoencoder encodes them"
+        )
+    for name in ("ema_decay", "ema_decay2"):
+        decay = getattr(config, name)
+        if decay is not None and (left := decay**config.steps) > FIRST_WEIGHTS:
+            found.append(
+                f"after {config.steps} steps {left:.0%} of the average of --{name.replace('_', '-')} {decay:g} is still "
+                "the first weights: more steps or a smaller decay samples better"
+            )
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0 where training ended as asked, by Ctrl-C too."""
     try:
@@ -39,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for note in notes(trainer):
+        print(f"note: {note}", file=sys.stderr)
     try:
         result = trainer.fit()
     except (NonFiniteError, NotImplementedError, OSError, ValueError) as error:  # weights, a backend, an image, a disk

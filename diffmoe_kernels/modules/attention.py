@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
 from diffmoe_kernels.checks import check_choice, check_shape
+from diffmoe_kernels.modules.buffers import reset_tables_after_load
 from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.ops.rope_attention import QK_NORMS, check_rope
 from diffmoe_kernels.ops.rope_attention.tables import grid_of
@@ -97,6 +98,7 @@ class RoPEAttention(nn.Module):
             self.register_buffer(table, None, persistent=False)
         self._keep_float16_tables()
         self.reset_tables()
+        self.register_load_state_dict_post_hook(reset_tables_after_load)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D).

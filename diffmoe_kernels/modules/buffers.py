@@ -1,10 +1,9 @@
-"""Buffers that a cast of their module leaves alone."""
+"""Buffers that are not what a cast or a state dict would make of them."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-
-from diffmoe_kernels.checks import at_least_float32
 
 
 class Float32Buffers(nn.Module):
@@ -16,7 +15,7 @@ class Float32Buffers(nn.Module):
         for name, buffer in before.items():
             after = getattr(self, name)
             if after.dtype.itemsize < 4:
-                setattr(self, name, at_least_float32(buffer).to(after.device))
+                setattr(self, name, buffer.to(after.device, torch.float32))
         return self
 
     def assign_buffer(self, name: str, value: Tensor) -> None:
@@ -26,3 +25,15 @@ class Float32Buffers(nn.Module):
             buffer.copy_(value)
         else:
             setattr(self, name, value)
+
+
+def reset_tables_after_load(module: nn.Module, _: object) -> None:
+    """Hook for after `load_state_dict`: ``assign=True`` takes the weights off the meta device, and no table with them.
+
+    Args:
+        module: with tables as buffers that no state dict holds, and ``reset_tables()``, which makes them on the device
+            of its weights.
+    """
+    on_meta = [one.is_meta for one in module.buffers(recurse=False)]
+    if any(on_meta) and not any(parameter.is_meta for parameter in module.parameters()):
+        module.reset_tables()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.checks import at_least_float32, check_choice
+from diffmoe_kernels.checks import as_records, at_least_float32, check_choice
 from diffmoe_kernels.modules.buffers import Float32Buffers
 from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_capacity, tokens_and_residual
 from diffmoe_kernels.modules.linear import Linear
@@ -48,6 +48,9 @@ class ExpertChoiceMoE(Float32Buffers):
     Drop-in for a feed-forward layer: (..., tokens, hidden_size) in and out. In training each expert takes the
     int(S / num_experts * capacity_factor) tokens of a pool of S that score highest for it. At inference the capacity
     predictor and the thresholds, an average of what training saw, say how many.
+
+    So that these learn, call it in training with ``return_aux=True`` for (y, aux), add ``aux.loss`` to the loss, and
+    call ``update_routing_state(aux)`` once per optimizer step.
 
     Submodules: ``router`` (`ExpertChoiceRouter`), ``experts`` (`Experts`), ``shared_expert`` (`FeedForward` or None),
     ``capacity_predictor`` (two linear layers, or None). Buffers with a predictor: ``expert_threshold`` (E,) and
@@ -180,11 +183,10 @@ class ExpertChoiceMoE(Float32Buffers):
                 averaged over them, and the thresholds over the ranks where a process group is initialised.
 
         Raises:
+            TypeError: another object than a record of this layer's kind or a sequence of them.
             ValueError: no record, or one of a forward in evaluation mode.
         """
-        records = [aux] if isinstance(aux, ExpertChoiceAux) else aux
-        if not records:
-            raise ValueError("aux: expected at least one record of a forward with return_aux=True, got none")
+        records = as_records(aux, ExpertChoiceAux)
         if self.capacity_predictor is None:
             return
         if any(record.capacity_quantile is None for record in records):

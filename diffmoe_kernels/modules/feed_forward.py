@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.checks import check_choice
+from diffmoe_kernels.checks import check_choice, check_floating
 from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.ops.experts import ACTIVATIONS
 from diffmoe_kernels.ops.experts.reference import activate
@@ -54,6 +54,9 @@ class FeedForward(nn.Module):
 
 class Experts(nn.Module):
     """E feed-forward networks, each for the tokens routed to it (`ops.experts`).
+
+    Wrapped by itself in FSDP2's ``fully_shard`` with a ``MixedPrecisionPolicy`` it wants ``cast_forward_inputs=False``:
+    else FSDP2 rounds the routing's float32 gates on the way in.
 
     Parameters, laid out as Hugging Face does: ``gate_up_proj`` (E, 2I, D), gate rows first, for "swiglu", ``up_proj``
     (E, I, D) for the other activations; ``down_proj`` (E, D, I); with bias ``gate_up_proj_bias`` (E, 2I) or
@@ -142,8 +145,11 @@ def tokens_and_residual(
     """A mixture's input as (T, D), and what its combine adds: the residual, the shared expert's output, both or None.
 
     Raises:
+        TypeError: x or a residual that is not floating.
         ValueError: a last dimension other than D, fewer than two dimensions, or a residual of another shape.
     """
+    check_floating("x", x)
+    check_floating("residual", residual, optional=True)
     if x.dim() < 2 or x.shape[-1] != hidden_size:
         raise ValueError(f"x: expected shape (..., T, {hidden_size}), got {tuple(x.shape)}")
     if residual is not None and residual.shape != x.shape:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend
-from diffmoe_kernels.checks import at_least_float32
+from diffmoe_kernels.checks import as_records, at_least_float32
 from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_capacity, tokens_and_residual
 from diffmoe_kernels.modules.router import TopKRouter
 from diffmoe_kernels.routing import Routing
@@ -177,11 +177,10 @@ class MoE(nn.Module):
                 the ranks where a process group is initialised.
 
         Raises:
+            TypeError: another object than a record of this layer's kind or a sequence of them.
             ValueError: no record at all.
         """
-        records = [aux] if isinstance(aux, MoEAux) else aux
-        if not records:
-            raise ValueError("aux: expected at least one record of a forward with return_aux=True, got none")
+        records = as_records(aux, MoEAux)
         if not self.balance.bias_rate:
             return
         load = torch.stack([record.expert_load for record in records]).sum(0)

@@ -297,9 +297,7 @@ def _load_vae(name: str) -> torch.nn.Module:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ImportError(
-            f"{error}; autoencoders for latents need diffusers: pip install 'diffmoe-kernels[latents]'"
-        ) from error
+        raise ImportError(f"{error}; autoencoders for latents need: pip install diffusers") from error
 
     try:
         vae, info = AutoencoderKL.from_pretrained(

@@ -137,7 +137,7 @@ def _odeint() -> Callable[..., Tensor]:
     try:
         from torchdiffeq import odeint
     except ImportError as error:
-        raise ImportError(f"{error}; the method 'dopri5' needs: pip install 'diffmoe-kernels[ode]'") from error
+        raise ImportError(f"{error}; the method 'dopri5' needs: pip install torchdiffeq") from error
     return odeint
 
 

@@ -52,7 +52,9 @@ class TrainConfig:
     sample_every: int = option(500, "steps between sample grids; one more at the end", change_on_resume=True)
     sample_rows: int = option(4, "rows of the sample grid, a column per class", change_on_resume=True)
     sample_method: Method | None = option(None, "sampler, the objective's usual one by default", change_on_resume=True)
-    sample_steps: int | None = option(None, "steps of the samples, as usual for the sampler", change_on_resume=True)
+    sample_steps: int | None = option(
+        None, "steps of the samples, as usual for the sampler by default", change_on_resume=True
+    )
     sample_cfg_scale: float = option(
         1.5, "guidance of the samples, for models trained with label dropout; 1 for none", change_on_resume=True
     )

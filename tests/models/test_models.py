@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +179,30 @@ def test_meta_model_becomes_real() -> None:
     for name, buffer in model.named_buffers():
         if "expert_bias" not in name:
             assert torch.equal(buffer, source.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith("-digits")])
+def test_meta_model_takes_a_state_dict_by_assignment(name) -> None:
+    """As from a file that is mapped into memory: the tables that no state dict holds come too."""
+    source = randomize(create_model(name)).eval()
+    with torch.device("meta"):
+        model = create_model(name).eval()
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert not any(one.is_meta for one in (*model.parameters(), *model.buffers()))
+    inputs = random_inputs(source)
+    assert torch.equal(model(*inputs), source(*inputs))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(*inputs), source(*inputs))
+
+
+@pytest.mark.parametrize("name", ["DSMoE-digits", "DiT-digits"])
+def test_what_is_no_record_is_refused(name) -> None:
+    model = create_model(name)
+    with pytest.raises(ValueError, match="expected at least one record"):
+        model.update_routing_state([])
+    for wrong, told in ((None, "NoneType"), ([None], "NoneType"), ([{}, 3], "dict, int")):
+        with pytest.raises(TypeError, match=f"aux: expected ModelAux, or a sequence of them, got {told}"):
+            model.update_routing_state(wrong)
 
 
 def test_bfloat16_model_and_autocast_run() -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from models.options import flag, to_yaml
-from models.train import main, parse
+from models.train import main, notes, parse
 from models.training.batches import ShuffledBatches
 from models.training.checkpoints import list_checkpoints
 from models.training.config import TrainConfig
@@ -249,7 +250,25 @@ def test_an_empty_training_split_is_refused():
 def test_a_missing_extra_is_named_with_the_command_that_brings_it(module, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert importlib.import_module(f"models.{module}").main([]) == 2
-    assert "pip install 'diffmoe-kernels[train]'" in capsys.readouterr().err
+    assert "pip install '.[train]' in the checkout" in capsys.readouterr().err
+
+
+def test_what_is_seldom_meant_is_noted(tmp_path):
+    config = TrainConfig(model="DiT-digits", output=str(tmp_path), steps=2000, ema_decay=0.9999, ema_decay2=0.99)
+    (note,) = notes(Trainer(config))
+    assert note.startswith("after 2000 steps 82% of the average of --ema-decay 0.9999 is still the first weights")
+    folder = tmp_path / "photos" / "class"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(folder / "one.png")
+    of_pixels = {"data": str(tmp_path / "photos"), "image_size": 32}
+    small = {"depth": 2, "hidden_size": 16, "num_heads": 2, "num_experts": 2, "num_groups": 1, "top_groups": 1}
+    (note,) = notes(
+        Trainer(TrainConfig(model="DSMoE-S-E16", model_options=small, output=str(tmp_path / "a"), **of_pixels))
+    )
+    assert note.startswith("DSMoE-S-E16 usually trains on latents of 4 channels and gets pixels here, 3 x 32 x 32: 256")
+    meant = {"model": "DSMoE-S-E16", "model_options": {**small, "in_channels": 3}}
+    for output, options in (("b", meant), ("c", {"model": "JiT-digits"})):
+        assert notes(Trainer(TrainConfig(**options, output=str(tmp_path / output), **of_pixels))) == []
 
 
 def test_an_output_that_is_a_file_ends_with_one_line(tmp_path, capsys):
@@ -295,7 +314,7 @@ def test_the_last_grid_is_drawn_once(tmp_path, monkeypatch):
 def test_a_sampler_that_is_not_installed_is_refused_before_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     assert main(command_line(tiny(tmp_path / "run", sample_method="dopri5", sample_steps=None))) == 2
-    assert "diffmoe-kernels[ode]" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "pip install torchdiffeq" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_backend_that_cannot_run_is_an_error_in_words(tmp_path, capsys):

@@ -201,9 +201,18 @@ def test_meta_construction_then_loading():
     with torch.device("meta"):
         layer = make(grid_size=(2, 8), qk_norm="layernorm")
     assert layer.cos.is_meta and layer.qkv.weight.is_meta
+    assigned = copy.deepcopy(layer)
     layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assigned.load_state_dict(source.state_dict(), assign=True)
     x = torch.randn(2, 16, 32)
-    assert torch.equal(layer(x), source(x))
+    assert torch.equal(layer(x), source(x)) and torch.equal(assigned(x), source(x))
+
+
+def test_tables_that_were_changed_stay_so_where_weights_are_loaded():
+    layer = make(grid_size=4)
+    layer.cos = layer.cos + 1
+    layer.load_state_dict(layer.state_dict())
+    assert (layer.cos > 1).any()
 
 
 def test_copies_and_checkpointing():

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from diffmoe_kernels import Balance, MoE
+from diffmoe_kernels import Balance, ExpertChoiceMoE, MoE
 from diffmoe_kernels.modules import Experts, FeedForward, TopKRouter
 from diffmoe_kernels.testing import assert_close, poisoned_allocations
 
@@ -348,3 +348,24 @@ def test_forward_rejects():
         Balance(bias_rate=-1)
     with pytest.raises(NotImplementedError, match="experts: there is no 'cuda' backend|'cuda' can't run here"):
         make(backend="cuda")(torch.zeros(3, 8))
+
+
+def test_buffers_are_float32_whatever_they_were_cast_to_before():
+    layer = make().double().bfloat16()
+    assert layer.router.expert_bias.dtype == torch.float32 and layer.router.weight.dtype == torch.bfloat16
+
+
+def test_integers_are_refused():
+    for layer in (make(), make(shared_intermediate_size=8)):
+        with pytest.raises(TypeError, match="x: expected a floating dtype, got torch.int64"):
+            layer(torch.zeros(3, 8, dtype=torch.int64))
+        with pytest.raises(TypeError, match="residual: expected a floating dtype, got torch.int64"):
+            layer(torch.zeros(3, 8), residual=torch.zeros(3, 8, dtype=torch.int64))
+
+
+def test_another_kinds_record_is_refused():
+    layer = make(balance="bias")
+    _, aux = ExpertChoiceMoE(8, 8, 4)(torch.randn(3, 4, 8), return_aux=True)
+    for wrong in (aux, [aux]):
+        with pytest.raises(TypeError, match="aux: expected MoEAux, or a sequence of them, got ExpertChoiceAux"):
+            layer.update_routing_state(wrong)

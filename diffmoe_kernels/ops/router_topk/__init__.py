@@ -98,7 +98,7 @@ def routing_from_topk(
         A record of R = T * K rows.
 
     Raises:
-        TypeError: ids that are not integers or weights that are not floating.
+        TypeError: ids or a num_experts that are not integers, or weights that are not floating.
         ValueError: shapes that differ or are not (T, K), different devices, or num_experts < 1.
     """
     check_integer("topk_ids", topk_ids)
@@ -106,6 +106,7 @@ def routing_from_topk(
     check_shape("topk_ids", topk_ids, "T", "K")
     check_shape("topk_weights", topk_weights, *topk_ids.shape)
     check_same_device(topk_ids=topk_ids, topk_weights=topk_weights)
+    check_whole(num_experts=num_experts)
     if num_experts < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
     return run("routing_from_topk", backend, _FROM_TOPK, topk_ids, topk_weights, num_experts)
