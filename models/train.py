@@ -48,8 +48,8 @@ def notes(trainer: Trainer) -> list[str]:
         decay = getattr(config, name)
         if decay is not None and (left := decay**config.steps) > FIRST_WEIGHTS:
             found.append(
-                f"after {config.steps} steps {left:.0%} of the average of --{name.replace('_', '-')} {decay:g} is still "
-                "the first weights: more steps or a smaller decay samples better"
+                f"after {config.steps} steps {left:.0%} of the average of --{name.replace('_', '-')} {decay:g} is "
+                "still the first weights: more steps or a smaller decay samples better"
             )
     return found
 
