@@ -64,12 +64,12 @@ class Build(build_py):
 
 
 def path_of_tools() -> str:
-    """The PATH, with the cmake and ninja that pip brought for the build, or that this environment has, first."""
+    """The PATH, the packages cmake and ninja that pip brought for the build before it, what lies by Python after it."""
     folders = []
     for module, folder in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
         with contextlib.suppress(ImportError, AttributeError):
             folders.append(getattr(importlib.import_module(module), folder))
-    return os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])
+    return os.pathsep.join([*folders, os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 
 class CMakeBuild(build_ext):
