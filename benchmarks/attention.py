@@ -107,7 +107,8 @@ def cost(shape: AttentionShape, direction: str, size: int) -> tuple[int, int]:
 
 def cases(where: Where) -> list[Case]:
     ours = {name: Provider(of(name), name) for name in ("triton", "torch")}
-    rotating = {f"compiled, {name}": Provider(of("torch", name), "torch", compiled=True) for name in KERNELS}
+    compiled = {"compiled": Provider(of("torch"), "torch", compiled=True)}  # with the kernel that PyTorch picks
+    rotating = {f"compiled, {name}": Provider(of("torch", name), compiled=True) for name in KERNELS}
     found = []
     for name, shape in SHAPES.items():
         # Where nothing is rotated they compute the same.
@@ -115,7 +116,7 @@ def cases(where: Where) -> list[Case]:
             f"{kernel}, no rotation": Provider(bare(kernel), ceiling=shape.rope is not None, needs=gpu)
             for kernel in KERNELS
         }
-        providers = ours | (rotating if shape.rope else {}) | rest
+        providers = ours | compiled | (rotating if shape.rope else {}) | rest
         for direction in (FORWARD, BOTH):
             found.append(Case("rope_attention", name, direction, shape, providers, packed, exact, cost))
     return found

@@ -15,7 +15,7 @@ SAME = ("device", "compute_capability", "driver", "torch", "cuda", "triton", "co
 
 def load(paths: Sequence[Path]) -> dict[str, Any]:
     """The files as one: of a pair that two of them time the later counts, and the higher of each ceiling; what one of
-    them timed is not among what was not run.
+    them timed is not among what was not run, where of two reasons the later counts.
 
     Raises:
         OSError: a file that can't be read.
@@ -31,6 +31,7 @@ def load(paths: Sequence[Path]) -> dict[str, Any]:
     merged = dict(parts[0])
     for key in ("benchmarks", "not_run"):
         merged[key] = [one for part in parts for one in part.get(key, [])]
+    merged["not_run"] = list({one["test"]: one for one in merged["not_run"]}.values())
     timed = {_case(one.get("extra_info", {})) for one in merged["benchmarks"]}
     merged["not_run"] = [one for one in merged["not_run"] if "provider" not in one or _case(one) not in timed]
     ceilings = [part.get("run", {}).get("ceilings", {}) for part in parts]

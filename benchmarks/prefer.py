@@ -3,8 +3,8 @@
 The table is ``diffmoe_kernels/measured.json``; rows of the same op, chip and shape class are replaced, others stay. A
 backend is fastest in a class where the geometric mean of its times over the class's cases is the least. Each class has
 two rows, for calls in eager mode and for those that torch.compile traces, where PyTorch's way counts with its fastest
-compiled time. An op without any times the same in both. Where an op has no path of PyTorch but its definition, that is
-called "torch", as `diffmoe_kernels.backend.plain` does.
+compiled time; an op that was not timed compiled has the same times in both. Where an op has no path of PyTorch but its
+definition, that is called "torch", as `diffmoe_kernels.backend.plain` does.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("on_cpu") = false;
 #endif
   module.def("why_no_device", &diffmoe::why_no_device);
-  module.def("why_not_on", &diffmoe::why_not_on);
+  module.def("why_not_here", &diffmoe::why_not_here);
 
   module.def("gather", &diffmoe::gather, Released());
   module.def("gather_sum", &diffmoe::gather_sum, Released());

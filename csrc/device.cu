@@ -25,19 +25,12 @@ std::string why_no_device() {
 #endif
 }
 
-std::string why_not_on(int device) {
+std::string why_not_here() {
 #ifdef DIFFMOE_ON_CPU
-  (void)device;
   return "";
 #else
-  int before = 0;
   cudaFuncAttributes attributes;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess) {
-    error = cudaFuncGetAttributes(&attributes, probe_kernel);
-    cudaSetDevice(before);
-  }
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
   if (error == cudaSuccess) return "";
   cudaGetLastError();
   return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);

@@ -11,8 +11,8 @@ using Stream = std::uintptr_t;   // a cudaStream_t
 
 // device.cu: in CUDA's words, or nothing where there is a device.
 std::string why_no_device();
-// In CUDA's words why this build has no code for that device, or the driver is too old; or nothing.
-std::string why_not_on(int device);
+// In CUDA's words why this build has no code for the current device, or the driver is too old; or nothing.
+std::string why_not_here();
 
 // permute.cu
 void gather(Pointer x, Pointer token_indices, Pointer group_offsets, Pointer out, int num_groups, int64_t num_rows,

@@ -6,7 +6,6 @@ as integers and holds nothing of torch.
 
 from __future__ import annotations
 
-import functools
 import importlib
 
 import torch
@@ -35,16 +34,20 @@ def why_not_cuda(tensor: Tensor) -> str | None:
     return why_not_on(tensor.get_device()) if reason is None and tensor.is_cuda else reason
 
 
-@torch.compiler.assume_constant_result
 def why_not_on(device: int) -> str | None:
     """Why the extension can't run on that GPU, or None: it was built without code for it, or for a newer driver."""
-    reason = _ask(device)
-    return f"the CUDA extension can't run on GPU {device}: {reason}" if reason else None
+    if device in _fits:
+        return None
+    with torch.cuda.device(device):
+        reason = extension.why_not_here()
+    if reason:
+        return f"the CUDA extension can't run on GPU {device}: {reason}"
+    _fits.add(device)
+    return None
 
 
-@functools.cache
-def _ask(device: int) -> str:
-    return extension.why_not_on(device)
+why_not_on._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports all of Dynamo
+_fits: set[int] = set()
 
 
 def status() -> str:
@@ -56,7 +59,7 @@ def status() -> str:
     reason = extension.why_no_device()
     if reason:
         return f"built, no device: {reason}"
-    reason = extension.why_not_on(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    reason = extension.why_not_here() if torch.cuda.is_initialized() else None  # else asking would make a context
     return f"built, not for this GPU: {reason}" if reason else "available"
 
 

@@ -25,8 +25,6 @@ MANY_TOKENS = 4096
 SHORT = 512  # tokens of a sample
 
 Key = tuple[str, str, str, bool]  # op, compute capability as in "9.0", shape class, whether under torch.compile
-
-
 KEYS = "op", "capability", "shape_class", "compiled"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,15 +20,13 @@ CUDA_TENSOR = SimpleNamespace(is_cuda=True, dtype=torch.float32, get_device=lamb
 @pytest.fixture
 def built(monkeypatch):
     """An extension, on a GPU that is new enough."""
-    extension = SimpleNamespace(why_no_device=lambda: "", why_not_on=lambda device: "", on_cpu=False)
-    for name, value in (("extension", extension), ("HAS_CUDA", True), ("ON_CPU", False)):
+    extension = SimpleNamespace(why_no_device=lambda: "", why_not_here=lambda: "", on_cpu=False)
+    for name, value in (("extension", extension), ("HAS_CUDA", True), ("ON_CPU", False), ("_fits", set())):
         monkeypatch.setattr(cuda_support, name, value)
     monkeypatch.setattr(cuda_support, "why_no_kernel", lambda *args, **options: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    cuda_support._ask.cache_clear()
-    yield extension
-    cuda_support._ask.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    return extension
 
 
 def test_an_extension_that_fits_the_gpu(built) -> None:
@@ -35,18 +34,30 @@ def test_an_extension_that_fits_the_gpu(built) -> None:
 
 
 def test_an_extension_without_code_for_the_gpu(built) -> None:
-    """Another architecture's, or a driver that is too old: asked once a GPU."""
-    asked = []
-    built.why_not_on = lambda device: asked.append(device) or "cudaErrorNoKernelImageForDevice, no kernel image"
-    for _ in range(2):
-        reason = cuda_support.why_not_cuda(CUDA_TENSOR)
+    """Another architecture's, or a driver that is too old."""
+    built.why_not_here = lambda: "cudaErrorNoKernelImageForDevice, no kernel image"
+    reason = cuda_support.why_not_cuda(CUDA_TENSOR)
     assert reason == "the CUDA extension can't run on GPU 0: cudaErrorNoKernelImageForDevice, no kernel image"
-    assert asked == [0]
     assert cuda_support.status() == "built, not for this GPU: cudaErrorNoKernelImageForDevice, no kernel image"
 
 
+def test_a_gpu_that_fits_is_asked_once_and_one_that_did_not_again(built) -> None:
+    answers = ["cudaErrorMemoryAllocation, out of memory", ""]
+    built.why_not_here = lambda: answers.pop(0)
+    assert "out of memory" in cuda_support.why_not_cuda(CUDA_TENSOR)
+    for _ in range(2):
+        assert cuda_support.why_not_cuda(CUDA_TENSOR) is None
+
+
+def test_telling_what_is_there_makes_no_context(built, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    built.why_not_here = lambda: pytest.fail("asked the device")
+    assert cuda_support.status() == "available"
+
+
 def test_a_compiler_asks_too(monkeypatch) -> None:
-    monkeypatch.setattr(cuda_support, "_ask", lambda device: "no kernel image")
+    monkeypatch.setattr(cuda_support, "extension", SimpleNamespace(why_not_here=lambda: "no kernel image"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     torch._dynamo.reset()
 
     def choose(x):

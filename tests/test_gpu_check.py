@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -77,8 +78,8 @@ def test_files_as_one(tmp_path, capsys) -> None:
     paths = saved(tmp_path, one=part("DSMoE-L-E16"), two=part("DSMoE-L-E48", ceilings=higher), three=again)
     data = files.load(paths)
     assert data["run"]["ceilings"] == {"copy_bytes_per_second": 4.2e12, "product_flops_per_second": 7e14}
-    assert len(data["benchmarks"]) == 6 and len(data["not_run"]) == 3
-    assert "4 measured, 3 skipped, 0 failed" in goals.report(data)
+    assert len(data["benchmarks"]) == 6 and len(data["not_run"]) == 2
+    assert "4 measured, 2 skipped, 0 failed" in goals.report(data)
     assert goals.main([str(path) for path in paths]) == 0
     assert "1.000 ms (triton)" in capsys.readouterr().out
     table = tmp_path / "table.json"
@@ -100,6 +101,10 @@ def test_what_another_file_timed_was_run(tmp_path) -> None:
     paths = saved(tmp_path, one=first, two=second)
     assert "the budget was spent" in str(files.load(paths[:1])["not_run"])
     assert "the budget was spent" not in str(files.load(paths)["not_run"])
+    second["benchmarks"].pop()
+    second["not_run"].append({**missed, "test": "t", "outcome": "failed", "reason": "wrong by 1"})
+    later = [one["reason"] for one in files.load(saved(tmp_path, one=first, two=second))["not_run"]]
+    assert sorted(later) == ["why not", "wrong by 1"]
 
 
 @pytest.mark.parametrize(("key", "other"), [("device", "NVIDIA A100"), ("torch", "2.12.0"), ("commit", "def")])
@@ -228,6 +233,21 @@ def test_the_rest_of_a_run_is_collected_alone(tmp_path) -> None:
     (file,) = saved(tmp_path, one=data)
     rest = subprocess.run([*command, f"--rest-of={file}"], capture_output=True, text=True, cwd=check.ROOT, check=True)
     assert [line for line in rest.stdout.splitlines() if "::" in line] == [first]
+
+
+def test_a_failed_capture_ends_the_times_of_its_process(tmp_path) -> None:
+    """What it kept from running is in the file as `--rest-of` reads it."""
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "broken.py").write_text("from benchmarks import timing\ntiming.BROKEN.append(None)\n")
+    file = tmp_path / "results.json"
+    options = ["-k", "token_drop and reference and not predicted and not sampling", f"--benchmark-json={file}"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", *options]
+    path = os.pathsep.join([str(tmp_path), str(check.ROOT)])
+    environment = os.environ | {"PYTHONPATH": path, "PYTEST_PLUGINS": "broken"}
+    told = subprocess.run(command, capture_output=True, text=True, cwd=check.ROOT, env=environment, check=True).stdout
+    assert CAPTURE_FAILED in told and " passed" not in told
+    (one,) = files.kept_from_running(files.load([file]))
+    assert one.startswith("benchmarks/test_speed.py::test_speed[token_drop, DiffMoE-L-E8")
 
 
 def test_a_spent_budget_starts_nothing(tmp_path, monkeypatch, capsys) -> None:

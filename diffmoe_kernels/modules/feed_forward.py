@@ -149,7 +149,8 @@ def tokens_and_residual(
         ValueError: a last dimension other than D, fewer than two dimensions, or a residual of another shape.
     """
     check_floating("x", x)
-    check_floating("residual", residual, optional=True)
+    if residual is not None:
+        check_floating("residual", residual)
     if x.dim() < 2 or x.shape[-1] != hidden_size:
         raise ValueError(f"x: expected shape (..., T, {hidden_size}), got {tuple(x.shape)}")
     if residual is not None and residual.shape != x.shape:

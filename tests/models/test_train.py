@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from models.options import flag, to_yaml
@@ -259,7 +258,7 @@ def test_what_is_seldom_meant_is_noted(tmp_path):
     assert note.startswith("after 2000 steps 82% of the average of --ema-decay 0.9999 is still the first weights")
     folder = tmp_path / "photos" / "class"
     folder.mkdir(parents=True)
-    Image.new("RGB", (32, 32)).save(folder / "one.png")
+    pytest.importorskip("PIL.Image").new("RGB", (32, 32)).save(folder / "one.png")
     of_pixels = {"data": str(tmp_path / "photos"), "image_size": 32}
     small = {"depth": 2, "hidden_size": 16, "num_heads": 2, "num_experts": 2, "num_groups": 1, "top_groups": 1}
     (note,) = notes(

@@ -27,9 +27,8 @@ from diffmoe_kernels.ops.rope_attention._prepare import (
 from diffmoe_kernels.ops.rope_attention.tiles import pick_tile, programs_of_head
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(
-    -3.4028234663852886e38
-)  # finite: where a block's scores are all -inf, their weights are 0, not NaN
+# Finite, so that where a block's scores are all -inf their weights are 0, not NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
