@@ -27,9 +27,6 @@ PAIRS = [
 @pytest.mark.benchmark(timer=timing.CLOCK)
 @pytest.mark.parametrize(("case", "provider"), PAIRS)
 def test_speed(benchmark, request, spent, ceilings, case: Case, provider: str) -> None:
-    if WHERE is GPU:  # what a case before it left, even one that failed: pytest kept its frames until now
-        gc.collect()
-        torch.cuda.empty_cache()
     how = case.providers[provider]
     facts = {**case.facts(provider, WHERE), "device": torch.cuda.get_device_name() if WHERE is GPU else "cpu"}
     facts["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability())) if WHERE is GPU else None
@@ -37,6 +34,9 @@ def test_speed(benchmark, request, spent, ceilings, case: Case, provider: str) -
     reason = how.why_not(WHERE) or spent
     if reason:
         pytest.skip(reason)
+    if WHERE is GPU:  # what a case before it left, even one that failed: pytest kept its frames until now
+        gc.collect()
+        torch.cuda.empty_cache()
     steps, measured = measure.prepare(case, how, WHERE)
     run, words = timing.timed(steps, how.captured, WHERE is GPU)
     benchmark.group = f"{case.op} {case.name}, {case.direction}, {facts['device']}"

@@ -25,7 +25,7 @@ FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 REPLAY = 1e-3  # seconds of runs that a graph holds at least, so that the events' own time does not count
 MOST_RUNS = 48  # that a graph holds
 
-# Captures that failed, kept: PyTorch's allocator and random numbers stay as in a capture (pytorch/pytorch#171263), so
+# Captures that failed, kept: PyTorch's allocator and random numbers stay as in a capture (pytorch/pytorch#180395), so
 # that nothing more is to be timed in this process.
 BROKEN: list[torch.cuda.CUDAGraph] = []
 
