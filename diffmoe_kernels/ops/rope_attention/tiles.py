@@ -22,6 +22,7 @@ class AttentionTile:
     """m queries by n keys, warps and pipeline stages.
 
     kept: blocks of what a program meets again and again that stay in shared memory, all of a head; 0 for none.
+    registers: that a thread may take, where the compiler would take one too many for two programs; None for any number.
     """
 
     m: int
@@ -29,25 +30,28 @@ class AttentionTile:
     warps: int
     stages: int = 1
     kept: int = 0
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """What a launch takes of it."""
         blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "KEPT": self.kept}
-        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 LEAST_PAIRS = 8  # a product is 16 deep at least
 MAX_KEPT, MAX_KEPT_BYTES = 5, 80 * 1024  # blocks, which are unrolled; and so that two programs fit on a multiprocessor
 _NORMS = ("none", "rmsnorm", "layernorm")
 _ROWS32, _ROWS64, _ROWS128 = AttentionTile(32, 32, 4), AttentionTile(64, 64, 4), AttentionTile(128, 64, 8)
+_ROWS128_TWICE = replace(_ROWS128, registers=128)
 _FEW_KEYS, _FEW_KEYS8, _FEW_QUERIES = AttentionTile(64, 32, 4), AttentionTile(128, 32, 8), AttentionTile(32, 64, 4)
 _WIDE_QUERIES, _WIDE_KEYS = AttentionTile(64, 32, 8), AttentionTile(16, 64, 8)
 # For 16-bit numbers where nothing is kept: kernel -> norm -> by channels of the tiles, up to 64, up to 96, more. With a
 # norm there are none between: all are in one tile.
 _SM90 = {
     "forward": {
-        "none": (_ROWS128, _FEW_KEYS8, _ROWS64),
+        "none": (_ROWS128_TWICE, _FEW_KEYS8, _ROWS64),
         "rmsnorm": (_ROWS128, _ROWS64, _ROWS64),
         "layernorm": (_ROWS128, _ROWS64, _ROWS64),
     },
