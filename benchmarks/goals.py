@@ -178,7 +178,7 @@ class Results:
         self.records = {
             self._key(**one["extra_info"]): {**one["extra_info"], "ms": one["stats"]["median"] * 1e3}
             for one in data["benchmarks"]
-            if "provider" in one["extra_info"]
+            if "provider" in one["extra_info"] and one["stats"]["median"]  # not shorter than can be told
         }
         self.reasons = {self._key(**one): one["reason"] for one in self.not_run if "provider" in one}
 
@@ -265,7 +265,7 @@ def report(data: Mapping[str, Any], goals: list[Goal] | None = None) -> str:
     lines += [f"- failed: {one['test']}: {one['reason']}" for one in failed]
     head = ["work", "today's best", "baseline", "ours", "ratio to the baseline", "goal", "reached"]
     rows = [row(goal, results) for goal in (GOALS if goals is None else goals)]
-    told = [] if not any(MARK in cell for cells in rows for cell in cells) else ["", f"{MARK}: {MARKED}."]
+    told = [] if not any(MARK in cell for cells in rows for cell in cells) else ["", f"{MARKED}."]
     return "\n".join([*lines, "", markdown_table(head, rows), *told])
 
 

@@ -62,7 +62,7 @@ def bars(path: Path, title: str, where: str, rows: Sequence[Row]) -> None:
     label = "ms an image" if any(row.images for row in rows) else "ms"
     label += ", median and 20th to 80th percentile; hatched and dashed: the ceiling"
     if any(MARK in row.provider for row in rows):
-        label += f"\n{MARK}: {MARKED}"
+        label += f"\n{MARKED}"
     panels[-1].set_xlabel(label, fontsize=8)
     figure.suptitle(f"{title}\n{where}", fontsize=10.5)
     figure.savefig(path)

@@ -27,7 +27,6 @@ Kept: by autograd for the backward, parameters aside. Peak: what the allocator h
 held before. Of whole models: in all, with weights, optimizer and average; optimizer, what AdamW and the average
 take of a training step. The largest batch is the largest power of two that fits, and the share of the product's rate is
 the model FLOP utilisation."""
-LAUNCHED = f"{MARK}: {MARKED}."
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _rows(case: Mapping[str, tuple[float, Mapping[str, Any]]], limits: Mapping[s
             low=record["p20_ms"],
             high=record["p80_ms"],
             ceiling=record["ceiling"],
-            ratio=None if ceiling is None else ms / ceiling,
+            ratio=ms / ceiling if ceiling else None,
             rate=_rate(ms, record, limits),
             kept_mib=record.get("saved_mib"),
             peak_mib=record.get("peak_mib"),
@@ -114,6 +113,8 @@ def _rows(case: Mapping[str, tuple[float, Mapping[str, Any]]], limits: Mapping[s
 
 def _rate(ms: float, record: Mapping[str, Any], limits: Mapping[str, float]) -> str:
     """Operations or bytes a second, whichever is nearer to what the machine can do; nothing where neither counts."""
+    if not ms:  # shorter than can be told
+        return ""
     rates = {
         "FLOP/s": (record["flops"] / ms * 1e3, limits.get("product_flops_per_second")),
         "B/s": (record["least_bytes"] / ms * 1e3, limits.get("copy_bytes_per_second")),
@@ -179,7 +180,7 @@ def _name(one: Mapping[str, Any]) -> str:
 def tables(data: Mapping[str, Any], heading: str = "## ") -> str:
     """All of a run in Markdown."""
     parts = [f"{heading}{name}\n\n{table(rows)}" for name, rows in groups(data).items()]
-    launched = LAUNCHED if any(MARK in part for part in parts) else ""
+    launched = f"{MARKED}." if any(MARK in part for part in parts) else ""
     return "\n\n".join(part for part in (origin(data), *parts, not_run(data), LEGEND, launched) if part)
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks import report
+from benchmarks.files import MARKED
 
 RUN = {
     "device": "NVIDIA H200",
@@ -95,7 +96,7 @@ def test_what_the_host_launches_is_marked() -> None:
     records = [timed("triton", 1.0, captured=True, **on_gpu), timed("loop", 9.0, captured=False, **on_gpu)]
     text = report.tables({"run": RUN, "benchmarks": records})
     assert {row[1] for row in cells(text)[2:]} == {"loop \N{DAGGER}", "triton"}
-    assert text.endswith(report.LAUNCHED)
+    assert text.endswith(f"{MARKED}.")
     records = [timed("triton", 1.0, captured=False, compute_capability=None)]  # on a CPU nothing is captured
     assert "\N{DAGGER}" not in report.tables({"benchmarks": records})
 
@@ -103,6 +104,12 @@ def test_what_the_host_launches_is_marked() -> None:
 def test_what_neither_computes_nor_moves_has_no_rate() -> None:
     (row,) = report.groups({"run": RUN, "benchmarks": [timed("permute", 1.0, flops=0, least_bytes=0)]}).popitem()[1]
     assert row.rate == ""
+
+
+def test_a_time_of_nothing_spoils_no_table() -> None:
+    records = [timed("dense", 0.0, ceiling=True), timed("triton", 1.0)]
+    dense, triton = report.groups({"run": RUN, "benchmarks": records})["experts, forward+backward"]
+    assert dense.rate == "" and triton.ratio is None
 
 
 def test_the_table() -> None:
