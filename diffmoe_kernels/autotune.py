@@ -1,7 +1,7 @@
-"""Opt-in search for the best tile of a matrix product, with its results on disk.
+"""Opt-in search for the best tiles of the grouped products and of attention, with its results on disk.
 
-Off by default: kernels take the tiles of `diffmoe_kernels/ops/grouped_gemm/tiles.py`. With ``DIFFMOE_AUTOTUNE=1`` in
-the environment the first call of each product at a new shape class times the candidates on the data at hand, most of
+Off by default: kernels take what their op's `tiles.py` picks. With ``DIFFMOE_AUTOTUNE=1`` in
+the environment the first call of each kernel at a new shape class times the candidates on the data at hand, most of
 it compiling, and notes the fastest in ``tiles.json``, which later calls and later processes read. What stands there
 first holds: all processes that can write the file, ranks that search at the same time too, take the same tile for a
 key, and with it the same order of summation. It lies in ``DIFFMOE_CACHE_DIR``, or ``diffmoe-kernels`` in the user's
@@ -17,17 +17,19 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from diffmoe_kernels.triton_support import HAS_TRITON, Tile, device_name
+from diffmoe_kernels.triton_support import HAS_TRITON, device_name
 
 if HAS_TRITON:
     import triton
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
-_read: dict[Path, dict[str, Tile]] = {}  # what this process knows of each file
+TileT = TypeVar("TileT")  # a dataclass of plain numbers, one for each kind of kernel
+_read: dict[Path, dict[str, dict]] = {}  # what this process knows of each file: fields of tiles
 
 
 def is_on() -> bool:
@@ -51,8 +53,8 @@ def cache_file() -> Path:
 
 
 def best_tile(
-    kernel: str, shape_class: tuple, default: Tile, candidates: Iterable[Tile], launch: Callable[[Tile], object]
-) -> Tile:
+    kernel: str, shape_class: tuple, default: TileT, candidates: Iterable[TileT], launch: Callable[[TileT], object]
+) -> TileT:
     """The tile for a launch: the default, or with the search on the fastest of the candidates and the default.
 
     Args:
@@ -76,10 +78,13 @@ def best_tile(
         if times[best] == float("inf"):
             launch(default)  # raises what is wrong with it
         _note(file, key, best)
-    return _read[file][key]
+    try:
+        return type(default)(**_read[file][key])
+    except TypeError as error:
+        raise _broken(file, error) from error
 
 
-def _time(launch: Callable[[Tile], object], tile: Tile) -> float:
+def _time(launch: Callable[[TileT], object], tile: TileT) -> float:
     """Median milliseconds of a launch; infinite for a tile that the device or the compiler can't take."""
     try:
         launch(tile)
@@ -88,7 +93,7 @@ def _time(launch: Callable[[Tile], object], tile: Tile) -> float:
     return triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20, return_mode="median")
 
 
-def _load(file: Path) -> dict[str, Tile]:
+def _load(file: Path) -> dict[str, dict]:
     try:
         text = file.read_text()
     except (FileNotFoundError, NotADirectoryError):
@@ -97,24 +102,27 @@ def _load(file: Path) -> dict[str, Tile]:
         warnings.warn(f"the tiles of earlier searches can't be read: {error}", stacklevel=2)
         return {}
     try:
-        return {key: Tile(**tile) for key, tile in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: expected the tiles of an earlier search, got {error}; delete the file") from error
+        return {key: dict(tile.items()) for key, tile in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        raise _broken(file, error) from error
 
 
-def _note(file: Path, key: str, tile: Tile) -> None:
+def _broken(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file}: expected the tiles of an earlier search, got {error}; delete the file")
+
+
+def _note(file: Path, key: str, tile: TileT) -> None:
     """Adds a tile to the file unless another process, one at a time, was there first; readers see whole files only."""
     import fcntl  # POSIX alone has it; without a search the package runs elsewhere too
 
-    _read[file] = {key: tile} | _read[file]
+    _read[file] = {key: asdict(tile)} | _read[file]
     temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file.with_suffix(".lock"), "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
             _read[file] |= _load(file)
-            tiles = {key: asdict(tile) for key, tile in sorted(_read[file].items())}
-            temporary.write_text(json.dumps(tiles, indent=1))
+            temporary.write_text(json.dumps(_read[file], indent=1, sort_keys=True))
             os.replace(temporary, file)
     except OSError as error:
         warnings.warn(f"the tiles that were found are not kept: {error}; set DIFFMOE_CACHE_DIR", stacklevel=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from triton.runtime.errors import OutOfResources
 
 from diffmoe_kernels import autotune, ops
 from diffmoe_kernels.ops.grouped_gemm import tiles
+from diffmoe_kernels.ops.rope_attention import tiles as attention_tiles
 
 DEFAULT, FAST, SLOW, BIG = (Tile(16 * n, 32, 32, 4, 2) for n in (1, 2, 4, 8))
 MILLISECONDS = {DEFAULT: 2.0, FAST: 1.0, SLOW: 3.0}
@@ -79,9 +81,12 @@ def test_processes_add_to_each_others_file(searching, monkeypatch, tmp_path):
     assert len(json.loads((tmp_path / "tiles.json").read_text())) == 3
 
 
-@pytest.mark.parametrize("text", ["{", '{"key": {"rows": 3}}', "[1]", '{"key": 1}'])
-def test_a_broken_file_is_named(searching, tmp_path, text):
-    (tmp_path / "tiles.json").write_text(text)
+@pytest.mark.parametrize("text", ["{", '{"%s": {"rows": 3}}', "[1]", '{"key": 1}'])
+def test_a_broken_file_is_named(searching, monkeypatch, tmp_path, text):
+    search(searching)
+    (key,) = json.loads((tmp_path / "tiles.json").read_text())
+    monkeypatch.setattr(autotune, "_read", {})
+    (tmp_path / "tiles.json").write_text(text.replace("%s", key))
     with pytest.raises(ValueError, match=r"tiles\.json: expected the tiles of an earlier search.*delete the file"):
         search(searching)
 
@@ -119,6 +124,29 @@ def test_every_product_searches(searching, monkeypatch, tmp_path):
         assert_close(one, expected)
     keys = json.loads((tmp_path / "tiles.json").read_text())
     assert {key.split(" | ")[2] for key in keys} == {"up", "rows", "down_backward", "weight_grad"}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the clock is the interpreter's")
+def test_attention_searches(searching, monkeypatch, tmp_path):
+    """All three kernels, by what they are compiled for, and it is right with what is found: the last that is tried."""
+    times = iter(range(1000, 0, -1))
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", lambda run, **_: [run()] and next(times))
+    monkeypatch.setattr(attention_tiles, "_TRIED", ((32, 64, 4), (64, 32, 8)))
+    inputs = torch.randn(2, 64, 5, 32)  # 3 query heads
+    for num_tokens in (40, 30, 64):  # the first two are of a class, the third is a whole block
+        results = []
+        for backend in ("triton", "reference"):
+            qkv = inputs[:, :num_tokens].bfloat16().requires_grad_()
+            y = ops.rope_attention(qkv, num_kv_heads=1, backend=backend)
+            results.append([y, *torch.autograd.grad(y.sum(), qkv)])
+        for one, expected in zip(*results, strict=True):
+            assert_close(one, expected)
+    found = json.loads((tmp_path / "tiles.json").read_text())
+    kernels = [key.split(" | ")[2] for key in found]
+    assert Counter(kernels) == {f"attention_{one}": 2 for one in ("forward", "query_backward", "key_backward")}
+    for kernel, tile in zip(kernels, found.values(), strict=True):
+        shape = (32, 64) if kernel == "attention_key_backward" else (64, 32)
+        assert (tile["m"], tile["n"], tile["warps"], tile["registers"]) == (*shape, 8, 128)
 
 
 @pytest.mark.parametrize("generation", [80, 90, 100])

@@ -110,6 +110,43 @@ def test_a_full_device_has_one_program_a_head(monkeypatch, tiles):
     assert tiles.programs_of_head(tiles.AttentionTile(64, 64, 4), 16, 1024, torch.empty(0)) == 16
 
 
+NUM_TRIED = 13  # shapes of tiles of an opt-in search; `test_the_tiles_that_a_search_tries` counts them
+
+
+def tried_for(tiles, kernel: str, num_tokens: int) -> list:
+    """Without those that differ in the compiler's registers alone."""
+    tried = list(tiles.candidates(kernel, torch.bfloat16, num_tokens, keeps=True))
+    assert len(set(tried)) == len(tried) == NUM_TRIED + 3
+    return [tile for tile in tried if tile.registers is None]
+
+
+@pytest.mark.parametrize("index", range(NUM_TRIED))
+def test_any_tile_of_a_search_is_right(monkeypatch, tiles, index):
+    """With a norm and a prefix, none of whose lengths it divides."""
+
+    def take(kernel, launch, qkv, *_):
+        return tried_for(tiles, kernel, qkv.shape[1])[index]
+
+    for name in ("_triton", "_triton_backward"):
+        monkeypatch.setattr(sys.modules[f"diffmoe_kernels.ops.rope_attention.{name}"], "best_attention_tile", take)
+    check(*ungrouped(135, 32, norm="rmsnorm", prefix=3), torch.bfloat16)
+
+
+def test_the_tiles_that_a_search_tries(tiles):
+    forward = {(tile.m, tile.n, tile.kept) for tile in tried_for(tiles, "forward", 256)}
+    assert {kept for *_, kept in forward} == {0, 1, 2, 4}
+    for kernel in ("forward", "query_backward", "key_backward"):
+        tried = tried_for(tiles, kernel, 256)
+        turned = {(tile.n, tile.m, tile.kept) for tile in tried}  # what it has of its own is keys
+        assert (turned if kernel == "key_backward" else {(tile.m, tile.n, tile.kept) for tile in tried}) == forward
+        for norm, num_tokens in (("none", 256), ("none", 1024), ("rmsnorm", 256)):
+            tile = tiles.pick_tile(kernel, torch.bfloat16, 64, norm, num_tokens)
+            assert tile in tiles.candidates(kernel, torch.bfloat16, num_tokens, keeps=tile.kept > 0)
+        assert not any(tile.kept for tile in tiles.candidates(kernel, torch.bfloat16, 256, keeps=False))
+        tile = tiles.pick_tile(kernel, torch.float32, 64, "none", 256)
+        assert tile in tiles.candidates(kernel, torch.float32, 256, keeps=False)
+
+
 def test_huge_scores_stay_finite():
     inputs, options = ungrouped(140, 32)
     inputs["qkv"][:, 77] *= 1e4

@@ -24,7 +24,7 @@ from diffmoe_kernels.ops.rope_attention._prepare import (
     store_head,
     zeros_like_head,
 )
-from diffmoe_kernels.ops.rope_attention.tiles import pick_tile, programs_of_head
+from diffmoe_kernels.ops.rope_attention.tiles import AttentionTile, best_attention_tile, programs_of_head
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Finite, so that where a block's scores are all -inf their weights are 0, not NaN.
@@ -144,19 +144,24 @@ def attend(
     lse = qkv.new_empty((batch, settings.num_heads, num_tokens) if keep_lse else (0,), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    tile = pick_tile("forward", qkv.dtype, head_dim, settings.norm, num_tokens)
-    programs = programs_of_head(tile, triton.cdiv(num_tokens, tile.m), settings.num_heads * batch, qkv)
-    _forward_kernel[(programs, settings.num_heads, batch)](
-        qkv,
-        *(qkv if one is None else one for one in (cos, sin, *norms)),
-        out,
-        lse,
-        num_tokens,
-        settings.scale,
-        settings.norm_eps,
-        **settings.constants(qkv, norms),
-        KEEPS_LSE=keep_lse,
-        **tile.options,
-        WHOLE=num_tokens % max(tile.m, tile.n) == 0,
-    )
+    constants = settings.constants(qkv, norms)
+    tables = tuple(qkv if one is None else one for one in (cos, sin, *norms))
+
+    def launch(tile: AttentionTile) -> None:
+        programs = programs_of_head(tile, triton.cdiv(num_tokens, tile.m), settings.num_heads * batch, qkv)
+        _forward_kernel[(programs, settings.num_heads, batch)](
+            qkv,
+            *tables,
+            out,
+            lse,
+            num_tokens,
+            settings.scale,
+            settings.norm_eps,
+            **constants,
+            KEEPS_LSE=keep_lse,
+            **tile.options,
+            WHOLE=tile.divides(num_tokens),
+        )
+
+    launch(best_attention_tile("forward", launch, qkv, constants, keep_lse))
     return out, lse

@@ -26,7 +26,7 @@ from diffmoe_kernels.ops.rope_attention._prepare import (
     zeros_like_head,
 )
 from diffmoe_kernels.ops.rope_attention._triton import LOG2E
-from diffmoe_kernels.ops.rope_attention.tiles import pick_tile, programs_of_head
+from diffmoe_kernels.ops.rope_attention.tiles import AttentionTile, best_attention_tile, programs_of_head
 
 
 @triton.jit
@@ -256,20 +256,30 @@ def attend_backward(
         shapes = ((batch * heads * blocks, head_dim) if one is not None else (0,) for one in norms[:2])
         return tuple(qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
-    tile = pick_tile("query_backward", qkv.dtype, head_dim, settings.norm, num_tokens)
-    blocks = triton.cdiv(num_tokens, tile.m)
-    by_q = parts(num_heads, blocks)
-    whole = num_tokens % max(tile.m, tile.n) == 0
-    _query_backward_kernel[(programs_of_head(tile, blocks, num_heads * batch, qkv), num_heads, batch)](
-        qkv, *tables, out, grad, lse, grad_qkv, delta, *by_q, *numbers, **constants, **tile.options, WHOLE=whole
-    )
-    tile = pick_tile("key_backward", qkv.dtype, head_dim, settings.norm, num_tokens, num_heads // num_kv_heads)
-    blocks = triton.cdiv(num_tokens, tile.n)
-    by_k = parts(num_kv_heads, blocks)
-    whole = num_tokens % max(tile.m, tile.n) == 0
-    _key_backward_kernel[(programs_of_head(tile, blocks, num_kv_heads * batch, qkv), num_kv_heads, batch)](
-        qkv, *tables, grad, lse, delta, grad_qkv, *by_k, *numbers, **constants, **tile.options, WHOLE=whole
-    )
+    def launch_by_queries(tile: AttentionTile) -> tuple[Tensor, Tensor]:
+        blocks = triton.cdiv(num_tokens, tile.m)
+        by_q = parts(num_heads, blocks)
+        _query_backward_kernel[(programs_of_head(tile, blocks, num_heads * batch, qkv), num_heads, batch)](
+            *(qkv, *tables, out, grad, lse, grad_qkv, delta, *by_q, *numbers),
+            **constants,
+            **tile.options,
+            WHOLE=tile.divides(num_tokens),
+        )
+        return by_q
+
+    def launch_by_keys(tile: AttentionTile) -> tuple[Tensor, Tensor]:
+        blocks = triton.cdiv(num_tokens, tile.n)
+        by_k = parts(num_kv_heads, blocks)
+        _key_backward_kernel[(programs_of_head(tile, blocks, num_kv_heads * batch, qkv), num_kv_heads, batch)](
+            *(qkv, *tables, grad, lse, delta, grad_qkv, *by_k, *numbers),
+            **constants,
+            **tile.options,
+            WHOLE=tile.divides(num_tokens),
+        )
+        return by_k
+
+    by_q = launch_by_queries(best_attention_tile("query_backward", launch_by_queries, qkv, constants))
+    by_k = launch_by_keys(best_attention_tile("key_backward", launch_by_keys, qkv, constants))
     by_norms = (
         None if one is None else sums.sum(0).to(one.dtype) for one, sums in zip(norms, (*by_q, *by_k), strict=True)
     )

@@ -1,5 +1,6 @@
 """Tiles of the attention kernels, picked by hand and not measured: none spills registers at a published model's shape,
-with triton 3.7.1 on sm_90 none at any width or norm that was tried. On sm_100 72 channels with a norm keep 24 bytes.
+with triton 3.7.1 on sm_90 none in bfloat16 at any width or norm that was tried. In float16 grouped heads of 64 channels
+keep 8 bytes a thread there past 320 tokens; on sm_100 72 channels with a norm 24. An opt-in search tries more tiles.
 
 What decides is how many instructions a multiprocessor issues in all (benchmarks/NOTES.md), then that two programs fit
 on one, so that the copies and exponentials of one hide behind the products of the other. Where all of a head fits in
@@ -9,11 +10,14 @@ and to make the compiler run warp-group products one by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import starmap
 
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.autotune import best_tile
 from diffmoe_kernels.triton_support import chip_generation, multiprocessors, next_power_of_2
 
 
@@ -39,6 +43,10 @@ class AttentionTile:
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages, **limit}
 
+    def divides(self, num_tokens: int) -> bool:
+        """Whether no block of queries or keys is cut short."""
+        return num_tokens % max(self.m, self.n) == 0
+
 
 LEAST_PAIRS = 8  # a product is 16 deep at least
 MAX_KEPT, MAX_KEPT_BYTES = 5, 80 * 1024  # blocks, which are unrolled; and so that two programs fit on a multiprocessor
@@ -56,7 +64,7 @@ _SM90 = {
         "layernorm": (_ROWS128, _ROWS64, _ROWS64),
     },
     "query_backward": {
-        "none": (_ROWS64, _FEW_KEYS, _ROWS64),
+        "none": (_ROWS128_TWICE, _FEW_KEYS, _ROWS64),
         "rmsnorm": (_FEW_KEYS8, _FEW_KEYS, _FEW_KEYS),
         "layernorm": (_FEW_KEYS8, _FEW_KEYS, _FEW_KEYS),
     },
@@ -97,6 +105,13 @@ _FLOAT32 = {
     "key_backward": dict.fromkeys(_NORMS, (AttentionTile(16, 16, 2), _WIDE_FLOAT32)),
 }
 
+# What an opt-in search tries for 16-bit numbers: rows of a program's own, those that it goes through, warps.
+_TRIED = (
+    *((32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4)),
+    *((128, 32, 8), (128, 64, 8), (128, 128, 8), (256, 64, 16)),
+)
+_TRIED_KEPT = (64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 64, 8)
+
 
 def pick_tile(
     kernel: str, dtype: torch.dtype, head_dim: int, norm: str, num_tokens: int, group: int = 1
@@ -118,6 +133,41 @@ def pick_tile(
     if chip < 100 and group == 1 and blocks <= most and kept_bytes <= MAX_KEPT_BYTES:
         return replace(_ROWS64, kept=blocks)
     return (_SM90 if chip < 100 else _SM100)[kernel][norm][(channels > 64) + (channels > 96)]
+
+
+def best_attention_tile(
+    kernel: str, launch: Callable[[AttentionTile], object], qkv: Tensor, constants: dict[str, object], *options: object
+) -> AttentionTile:
+    """`pick_tile`'s for qkv (B, N, H + 2 Hkv, d), or what an opt-in search found; see `autotune`.
+
+    constants: what the kernel is compiled for, of `Settings`.
+    """
+    batch, num_tokens = qkv.shape[:2]
+    group = constants["NUM_HEADS"] // constants["NUM_KV_HEADS"] if kernel == "key_backward" else 1
+    default = pick_tile(kernel, qkv.dtype, constants["D"], constants["NORM"], num_tokens, group)
+    length = -(-num_tokens // _ROWS64.n), num_tokens % _ROWS64.n == 0
+    shape_class = (next_power_of_2(batch), *length, qkv.dtype, *constants.values(), *options)
+    tried = candidates(kernel, qkv.dtype, num_tokens, keeps=default.kept > 0)
+    return best_tile(f"attention_{kernel}", shape_class, default, tried, launch)
+
+
+def candidates(kernel: str, dtype: torch.dtype, num_tokens: int, *, keeps: bool) -> Iterator[AttentionTile]:
+    """Tiles that an opt-in search tries. keeps: all of a head in shared memory, too."""
+    if dtype == torch.float32:
+        yield from (tile for by_norm in _FLOAT32.values() for pair in by_norm.values() for tile in pair)
+        return
+
+    def tile(rows: int, others: int, warps: int) -> AttentionTile:
+        return AttentionTile(others, rows, warps) if kernel == "key_backward" else AttentionTile(rows, others, warps)
+
+    for one in starmap(tile, _TRIED):
+        yield one
+        if one.warps == 8:
+            yield replace(one, registers=128)  # two programs on a multiprocessor
+    if keeps:
+        for rows, others, warps in _TRIED_KEPT:
+            if others < 2 * num_tokens:
+                yield replace(tile(rows, others, warps), kept=-(-num_tokens // others))
 
 
 def programs_of_head(tile: AttentionTile, blocks: int, num_heads: int, like: Tensor) -> int:
