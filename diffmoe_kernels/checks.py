@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,10 +52,24 @@ def _check_tensor(name: str, tensor: object) -> None:
 
 
 def check_whole(**counts: int) -> None:
-    """Raises TypeError for a count that is a float."""
+    """Raises TypeError for a count that is no integer."""
     for name, count in counts.items():
-        if isinstance(count, float):
+        if not isinstance(count, int | torch.SymInt | np.integer):
             raise TypeError(f"{name}: expected an integer, got {count!r}")
+
+
+def check_sizes(least: int, **sizes: int) -> None:
+    """Raises TypeError for a size that is no integer, ValueError for one below ``least``."""
+    check_whole(**sizes)
+    for name, size in sizes.items():
+        if size < least:
+            raise ValueError(f"{name}: expected at least {least}, got {size}")
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises ValueError unless it is a probability below 1."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

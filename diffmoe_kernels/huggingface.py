@@ -64,8 +64,7 @@ def experts_forward(
     if _flag(experts, "has_bias"):
         biases = {"up_bias": getattr(experts, f"{up_name}_bias"), "down_bias": experts.down_proj_bias}
     num_experts = down_proj.shape[0]
-    ids = top_k_index.where(top_k_index < num_experts, -1)
-    routing = ops.routing_from_topk(ids, top_k_weights, num_experts, backend=backend)
+    routing = ops.routing_from_topk(top_k_index, top_k_weights, num_experts, backend=backend)
     y = ops.experts(hidden_states, routing, up_proj, down_proj, **biases, activation=activation, backend=backend)
     return y.to(hidden_states.dtype)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import re
 import typing
 from collections.abc import Callable
@@ -74,8 +75,18 @@ class Operator:
         return torch.library.register_fake(self.overload)(fake)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """`torch.library.register_autograd`; without it the operator's backward raises."""
-        self._gradient.backward, self._gradient.save = staticmethod(backward), staticmethod(setup_context)
+        """As `torch.library.register_autograd`; without it the operator's backward raises.
+
+        ``backward`` is called where any output has a gradient, None for those that have none. It may leave out the
+        gradients of the last inputs, and return one alone; those of inputs that need none are dropped.
+        """
+
+        def of_inputs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            found = None if all(grad is None for grad in grads) else backward(ctx, *grads)
+            found = found if isinstance(found, tuple) else (found,)
+            return tuple(grad if need else None for need, grad in itertools.zip_longest(ctx.needs_input_grad, found))
+
+        self._gradient.backward, self._gradient.save = staticmethod(of_inputs), staticmethod(setup_context)
 
     def _on_its_device(self, first: Tensor, *args: Any) -> Any:
         """The function, with its first tensor's GPU the current one: kernels are launched there."""
@@ -145,6 +156,11 @@ for method in (Operator.__call__, Operator._unobserved, Operator._find_tensors):
     _frames.set_code_exec_strategy(method.__code__, _skipped)
 
 
+def empty_for_none(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """What an operator returns that has no optional results: an empty tensor for each that there is not."""
+    return tuple(like.new_empty(0) if one is None else one for one in tensors)
+
+
 def _types_of(hint: Any) -> frozenset[type]:
     types = frozenset(typing.get_args(hint) or (hint,))
     return types | {torch.nn.Parameter} if Tensor in types else types
@@ -155,6 +171,7 @@ def _gradient_of(operator: Operator) -> type[torch.autograd.Function]:
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = operator._below_autograd(*args)
+        ctx.set_materialize_grads(False)
         operator._gradient.save(ctx, args, output)
         return output
 

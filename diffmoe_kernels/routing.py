@@ -14,7 +14,7 @@ from diffmoe_kernels.checks import (
     check_integer,
     check_same_device,
     check_shape,
-    check_whole,
+    check_sizes,
 )
 
 MOST_ROWS = 2**31 - 1
@@ -31,7 +31,7 @@ class Routing:
 
     Attributes:
         token_indices: (R,) int32, source token of each routed row.
-        gates: (R,) float32, differentiable weight of each row in the output.
+        gates: (R,) float32, or float64 of float64 weights: differentiable weight of each row in the output.
         group_offsets: (E,) int32, inclusive end row of each expert, as ``offs`` of
             ``torch.nn.functional.grouped_mm``.
         token_offsets: (T + 1,) int32, CSR: the rows of token t are
@@ -80,7 +80,7 @@ class Routing:
         """Builds the record from a token-choice router: each token names its experts.
 
         Args:
-            topk_ids: (T, K) integer, the experts of each token in [0, E); a negative id is a dropped slot (past an
+            topk_ids: (T, K) integer, the experts of each token; an id outside [0, E) is a dropped slot (past an
                 expert's capacity, or an expert of another rank).
             topk_weights: (T, K) floating, the weight of each slot; the gradient of ``gates`` flows back to it.
             num_experts: E.
@@ -100,13 +100,11 @@ class Routing:
                 "topk_ids and topk_weights: expected one shape (T, K), got "
                 f"{tuple(topk_ids.shape)} and {tuple(topk_weights.shape)}"
             )
-        check_whole(num_experts=num_experts)
-        if num_experts < 1:
-            raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+        check_sizes(1, num_experts=num_experts)
         num_tokens, top_k = topk_ids.shape
         num_rows = num_tokens * top_k
         slot_experts = topk_ids.reshape(-1).long()
-        kept = slot_experts >= 0
+        kept = (slot_experts >= 0) & (slot_experts < num_experts)
         slot_experts = slot_experts.where(kept, num_experts)  # dropped slots sort behind the last expert
         slot_of_row = slot_experts.argsort(stable=True)
         rows = _arange(num_rows, slot_of_row)
@@ -144,8 +142,9 @@ class Routing:
             A record of R = E * C rows.
 
         Raises:
-            TypeError: indices or counts that are not integers, or gates that are not floating.
-            ValueError: shapes that differ or are not (E, C), different devices, or counts that are not (E,).
+            TypeError: indices, counts or a num_tokens that are not integers, or gates that are not floating.
+            ValueError: shapes that differ or are not (E, C), different devices, counts that are not (E,), or a
+                negative num_tokens.
         """
         check_integer("token_indices", token_indices)
         check_floating("gates", gates)
@@ -155,6 +154,7 @@ class Routing:
                 "token_indices and gates: expected one shape (E, C), got "
                 f"{tuple(token_indices.shape)} and {tuple(gates.shape)}"
             )
+        check_sizes(0, num_tokens=num_tokens)
         num_experts, capacity = token_indices.shape
         num_rows = num_experts * capacity
         if expert_counts is None:
@@ -182,14 +182,14 @@ class Routing:
 
 
 def check_routing(routing: Routing) -> None:
-    """Raises TypeError unless ``routing`` is a `Routing` of integers and floating gates, ValueError unless its tensors
-    fit each other."""
+    """Raises TypeError unless ``routing`` is a `Routing` of int32 or int64 and floating gates, ValueError unless its
+    tensors fit each other."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}; see Routing.from_topk")
     for name in ("token_indices", "group_offsets", "token_offsets", "token_rows"):
         tensor = getattr(routing, name)
-        if tensor.dtype is not torch.int32:
-            check_integer(f"routing.{name}", tensor)
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"routing.{name}: expected torch.int32, or int64, got {tensor.dtype}")
         if tensor.dim() != 1:
             raise ValueError(f"routing.{name}: expected 1 dimension, got shape {tuple(tensor.shape)}")
     if routing.gates.dtype is not torch.float32:

@@ -144,6 +144,13 @@ def test_constructors_work_on_the_meta_device():
 IDS, WEIGHTS = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2)
 
 
+def test_ids_that_no_expert_has_are_dropped_slots():
+    ids, weights = random_topk(20, 5, 3, kind="dropped")
+    outside = torch.tensor([5, 1000, -7])[torch.randint(3, ids.shape)]
+    other, expected = (Routing.from_topk(one, weights, 5) for one in (ids.where(ids >= 0, outside), ids))
+    assert all(torch.equal(getattr(other, field.name), getattr(expected, field.name)) for field in fields(Routing))
+
+
 @pytest.mark.parametrize(
     "error, message, build",
     [
@@ -153,6 +160,7 @@ IDS, WEIGHTS = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2)
         (ValueError, r"one shape \(T, K\), got \(4, 2\) and \(4, 1\)", (IDS, WEIGHTS[:, :1], 3)),
         (ValueError, r"one shape \(T, K\), got \(8,\) and \(8,\)", (IDS.flatten(), WEIGHTS.flatten(), 3)),
         (ValueError, "num_experts: expected at least 1, got 0", (IDS, WEIGHTS, 0)),
+        (TypeError, "num_experts: expected an integer, got 3.0", (IDS, WEIGHTS, 3.0)),
     ],
 )
 def test_from_topk_rejects(error, message, build):
@@ -169,6 +177,8 @@ def test_from_topk_rejects(error, message, build):
         (ValueError, r"one shape \(E, C\), got \(8,\) and \(8,\)", (IDS.flatten(), WEIGHTS.flatten(), 3)),
         (ValueError, r"expert_counts: expected shape \(4,\), got \(2,\)", (IDS, WEIGHTS, 3, IDS[0])),
         (TypeError, "expert_counts: expected an integer dtype, got torch.float32", (IDS, WEIGHTS, 3, WEIGHTS[:, 0])),
+        (TypeError, "num_tokens: expected an integer, got 3.0", (IDS, WEIGHTS, 3.0)),
+        (ValueError, "num_tokens: expected at least 0, got -1", (IDS, WEIGHTS, -1)),
     ],
 )
 def test_from_expert_choice_rejects(error, message, build):
@@ -185,7 +195,8 @@ def test_from_expert_choice_rejects(error, message, build):
         (ValueError, r"routing.token_rows: expected shape \(8,\), got \(3,\)", {"token_rows": torch.zeros(3).int()}),
         (ValueError, "routing.group_offsets: expected 1 dimension", {"group_offsets": torch.zeros(2, 2).int()}),
         (ValueError, "routing.token_offsets: expected T . 1 offsets", {"token_offsets": torch.zeros(0).int()}),
-        (TypeError, "routing.token_indices: expected an integer dtype", {"token_indices": torch.zeros(8)}),
+        (TypeError, "routing.token_indices: expected torch.int32, or int64", {"token_indices": torch.zeros(8)}),
+        (TypeError, "token_rows: .*got torch.int16", {"token_rows": torch.zeros(8).short()}),
         (TypeError, "routing.gates: expected a floating dtype", {"gates": torch.zeros(8).int()}),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.checks import check_choice, check_shape
+from diffmoe_kernels.checks import check_choice, check_shape, check_sizes
 from diffmoe_kernels.modules.buffers import reset_tables_after_load
 from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.ops.rope_attention import QK_NORMS, check_rope
@@ -31,11 +31,13 @@ class RoPEAttention(nn.Module):
         qk_norm: "layernorm" (eps 1e-5) or "rmsnorm" (eps 1e-6) of each head's q and k, with learnable scale; or None.
         rope: "1d", "2d", "2d_interleaved" or None; see `ops.rope_attention`.
         grid_size: the token grid without prefix tokens, (rows, columns) or the side of a square; one int is the number
-            of tokens for "1d". Where None it is read off each input: N tokens for "1d", a square for the others.
+            of tokens for "1d". Where None it is read off each input, and the tables made at every call: N tokens for
+            "1d", a square for the others.
         num_prefix_tokens: leading tokens that are not rotated.
         backend: any but "cuda"; see `diffmoe_kernels.backend`.
 
     Raises:
+        TypeError: sizes that are no integers.
         ValueError: sizes that do not fit each other, unknown names.
     """
 
@@ -56,15 +58,17 @@ class RoPEAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("head_dim", head_dim)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+        check_sizes(1, hidden_size=hidden_size, num_heads=num_heads)
+        if head_dim is not None:
+            check_sizes(1, head_dim=head_dim)
         if head_dim is None:
             if hidden_size % num_heads:
                 raise ValueError(f"num_heads: expected a divisor of hidden_size = {hidden_size}, got {num_heads}")
             head_dim = hidden_size // num_heads
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        check_sizes(1, num_kv_heads=num_kv_heads)
+        check_sizes(0, num_prefix_tokens=num_prefix_tokens)
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
         if rope is not None:
             check_rope(rope, head_dim)
@@ -76,8 +80,6 @@ class RoPEAttention(nn.Module):
         self.head_dim = head_dim
         self.qk_norm = qk_norm
         self.rope = rope
-        if num_prefix_tokens < 0:
-            raise ValueError(f"num_prefix_tokens: expected 0 or more, got {num_prefix_tokens}")
         self.grid_size = None if grid_size is None else grid_of(rope, grid_size)
         self.num_prefix_tokens = num_prefix_tokens
         self.backend = check_backend(backend)
@@ -94,9 +96,8 @@ class RoPEAttention(nn.Module):
         self.q_norm = norms[qk_norm]() if qk_norm else None
         self.k_norm = norms[qk_norm]() if qk_norm else None
         self.proj = Linear(num_heads * head_dim, hidden_size, **factory)
-        for table in ("cos", "sin"):
+        for table in ("_cos", "_sin", "_cos_float16", "_sin_float16"):
             self.register_buffer(table, None, persistent=False)
-        self._keep_float16_tables()
         self.reset_tables()
         self.register_load_state_dict_post_hook(reset_tables_after_load)
 
@@ -145,49 +146,32 @@ class RoPEAttention(nn.Module):
                     f"x: expected {math.prod(self.grid_size)} tokens for grid_size {self.grid_size} after "
                     f"{self.num_prefix_tokens} prefix tokens, got {num_rotated}"
                 )
-            return self.cos, self.sin
+            return self._cos, self._sin
         if num_rotated < 0:
             raise ValueError(f"x: expected at least the {self.num_prefix_tokens} prefix tokens, got {x.shape[1]}")
         if self.rope == "1d":
             return ops.rope_table(self.rope, self.head_dim, num_rotated, device=x.device)
-        side = round(num_rotated**0.5)  # which compilers trace, as they do not isqrt
+        side = round(num_rotated**0.5)  # Dynamo traces this, unlike math.isqrt
         if side * side != num_rotated:
             raise ValueError(
                 f"x: expected a square number of tokens for rope {self.rope!r}, got {num_rotated}; set grid_size"
             )
         return ops.rope_table(self.rope, self.head_dim, side, device=x.device)
 
-    def _keep_float16_tables(self) -> None:
-        cos, sin = self.cos, self.sin
-        known = cos is not None and not cos.is_inference()  # versions are counted
-        self._made_from = (cos, sin, cos._version, sin._version) if known else None
-        for name, table in (("cos_float16", cos), ("sin_float16", sin)):
-            self.register_buffer(name, table.half() if known else None, persistent=False)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__(state)
-        self._keep_float16_tables()  # copies count versions anew, and older modules have none
-
     def _float16_tables(self) -> tuple[Tensor, Tensor] | None:
-        """Those of cos and sin, or None where these are no longer what they were made from."""
-        if self._made_from is None:
-            return None
-        cos, sin, *versions = self._made_from
-        same = cos is self.cos and sin is self.sin
-        same = same and self.cos_float16.dtype == self.sin_float16.dtype == torch.float16  # some tools cast buffers
-        # A compiler can't read versions: where tables are changed, let it be by assignment.
-        same = same and (torch.compiler.is_compiling() or [cos._version, sin._version] == versions)
-        return (self.cos_float16, self.sin_float16) if same else None
+        """Those of a known grid, unless a tool that casts a module's buffers found them."""
+        tables = self._cos_float16, self._sin_float16
+        return tables if all(one is not None and one.dtype == torch.float16 for one in tables) else None
 
     def reset_tables(self) -> None:
         """Computes the rotary tables anew, on the device of the parameters."""
         if self.rope is None or self.grid_size is None:
             return
         with torch.inference_mode(False):  # training may follow
-            self.cos, self.sin = ops.rope_table(
+            self._cos, self._sin = ops.rope_table(
                 self.rope, self.head_dim, self.grid_size, device=self.proj.weight.device
             )
-            self._keep_float16_tables()
+            self._cos_float16, self._sin_float16 = self._cos.half(), self._sin.half()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.checks import as_records, at_least_float32, check_choice
+from diffmoe_kernels.checks import as_records, at_least_float32, check_choice, check_sizes
 from diffmoe_kernels.modules.buffers import Float32Buffers
 from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_capacity, tokens_and_residual
 from diffmoe_kernels.modules.linear import Linear
@@ -98,12 +98,8 @@ class ExpertChoiceMoE(Float32Buffers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
-        if shared_intermediate_size < 0:
-            raise ValueError(f"shared_intermediate_size: expected 0 or more, got {shared_intermediate_size}")
+        check_sizes(1, hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts)
+        check_sizes(0, shared_intermediate_size=shared_intermediate_size)
         for name, factor in (("capacity_factor", capacity_factor), ("max_capacity_factor", max_capacity_factor)):
             if factor is not None and not factor > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {factor}")
@@ -113,6 +109,8 @@ class ExpertChoiceMoE(Float32Buffers):
         check_choice("inference", inference, RULES)
         if predictor and pool == "sample":
             raise ValueError("predictor: expected False with pool 'sample', whose capacity is fixed, got True")
+        if not predictor and (inference != "pool" or max_capacity_factor is not None):
+            raise ValueError("predictor: expected True with inference 'token' or a max_capacity_factor, got False")
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.capacity_factor = capacity_factor

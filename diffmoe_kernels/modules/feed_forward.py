@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.checks import check_choice, check_floating
+from diffmoe_kernels.checks import check_choice, check_dropout, check_floating
 from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.ops.experts import ACTIVATIONS
 from diffmoe_kernels.ops.experts.reference import activate
@@ -37,6 +37,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
+        check_dropout(dropout)
         self.activation = activation
         self.dropout = dropout
         factory = {"bias": bias, "device": device, "dtype": dtype}
@@ -78,6 +79,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
+        check_dropout(dropout)
         self.activation = activation
         self.dropout = dropout
         self.backend = check_backend(backend)

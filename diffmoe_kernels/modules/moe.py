@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend
-from diffmoe_kernels.checks import as_records, at_least_float32
+from diffmoe_kernels.checks import as_records, at_least_float32, check_sizes
 from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_capacity, tokens_and_residual
 from diffmoe_kernels.modules.router import TopKRouter
 from diffmoe_kernels.routing import Routing
@@ -109,13 +109,8 @@ class MoE(nn.Module):
         masked_group_fill: float = -math.inf,
     ) -> None:
         super().__init__()
-        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
-        if shared_intermediate_size < 0:
-            raise ValueError(f"shared_intermediate_size: expected 0 or more, got {shared_intermediate_size}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        check_sizes(1, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        check_sizes(0, shared_intermediate_size=shared_intermediate_size)
         if capacity_factor is not None and not capacity_factor > 0:
             raise ValueError(f"capacity_factor: expected None or a number above 0, got {capacity_factor}")
         if not isinstance(balance, Balance):

@@ -115,11 +115,11 @@ def test_keys_are_the_official_codes():
 @pytest.mark.parametrize("qk_norm", [None, "layernorm", "rmsnorm"])
 def test_tables_stay_float32_in_any_cast(qk_norm):
     layer = make(grid_size=4, qk_norm=qk_norm)
-    cos = layer.cos.clone()
+    cos = layer._cos.clone()
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         layer.to(dtype)
-        assert layer.cos.dtype == layer.sin.dtype == torch.float32 and torch.equal(layer.cos, cos)
-        assert torch.equal(layer.cos_float16, cos.half()) and torch.equal(layer.sin_float16, layer.sin.half())
+        assert layer._cos.dtype == layer._sin.dtype == torch.float32 and torch.equal(layer._cos, cos)
+        assert torch.equal(layer._cos_float16, cos.half()) and torch.equal(layer._sin_float16, layer._sin.half())
         y = layer(torch.randn(2, 16, 32, dtype=dtype))
         assert y.dtype == dtype and y.isfinite().all()
 
@@ -132,57 +132,20 @@ def test_tables_of_a_known_grid_are_not_cast_at_every_call(grid_size, monkeypatc
         ops, "rope_attention", lambda *args, **kw: given.append(kw["float16_tables"]) or attend(*args, **kw)
     )
     layer(torch.randn(2, 16, 32))
-    assert given == [None] if grid_size is None else given[0] == (layer.cos_float16, layer.sin_float16)
+    assert given == [None] if grid_size is None else given[0] == (layer._cos_float16, layer._sin_float16)
 
 
-def assign(layer):
-    layer.cos = layer.cos * 0
-
-
-def edit(layer):
-    layer.sin.add_(1)
-
-
-def cast(layer):
-    """As by tools that cast buffers behind a module's back."""
-    for buffer in layer.buffers():
-        buffer.data = buffer.data.to(torch.bfloat16)
-
-
-@pytest.mark.parametrize("change", [assign, edit, cast])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_changed_tables_are_the_ones_that_count(change, compiled):
+def test_tools_that_cast_buffers():
+    """Behind a module's back, as FSDP does on request: those tables count."""
     layer = make(grid_size=4, backend="triton") if HAS_TRITON else make(grid_size=4)
     layer.to(torch.bfloat16)
     x, unchanged = torch.randn(2, 16, 32).bfloat16(), copy.deepcopy(layer)
-    assert unchanged._float16_tables() is not None, "a copy keeps them"
-    change(layer)
-    assert layer._float16_tables() is None
-    if compiled and change is not edit:  # a compiler can't see it
-        torch._dynamo.reset()
-        y = torch.compile(layer, fullgraph=True, backend="eager")(x)
-    else:
-        y = layer(x)
-    assert not torch.equal(y, unchanged(x)) or change is cast
+    for buffer in layer.buffers():
+        buffer.data = buffer.data.to(torch.bfloat16)
+    assert_close(layer(x), unchanged(x), dtype=torch.bfloat16, tolerance=3e-2)
+    assert layer._float16_tables() is None and unchanged._float16_tables() is not None
     layer.reset_tables()
     assert torch.equal(layer(x), unchanged(x))
-
-
-def test_a_layer_from_before_float16_tables_has_them_when_it_is_loaded():
-    state = make(grid_size=4).__getstate__()
-    state["_buffers"] = {name: state["_buffers"][name] for name in ("cos", "sin")}
-    del state["_made_from"]
-    layer = RoPEAttention.__new__(RoPEAttention)
-    layer.__setstate__(state)
-    cos, sin = layer._float16_tables()
-    assert torch.equal(cos, layer.cos.half()) and torch.equal(sin, layer.sin.half())
-    layer(torch.randn(2, 16, 32))
-
-
-def test_copies_of_changed_tables():
-    layer = make(grid_size=4)
-    layer.cos.zero_()
-    assert not copy.deepcopy(layer)._float16_tables()[0].any()
 
 
 def test_autocast():
@@ -199,19 +162,12 @@ def test_meta_construction_then_loading():
     source = make(grid_size=(2, 8), qk_norm="layernorm")
     with torch.device("meta"):
         layer = make(grid_size=(2, 8), qk_norm="layernorm")
-    assert layer.cos.is_meta and layer.qkv.weight.is_meta
+    assert layer._cos.is_meta and layer.qkv.weight.is_meta
     assigned = copy.deepcopy(layer)
     layer.to_empty(device="cpu").load_state_dict(source.state_dict())
     assigned.load_state_dict(source.state_dict(), assign=True)
     x = torch.randn(2, 16, 32)
     assert torch.equal(layer(x), source(x)) and torch.equal(assigned(x), source(x))
-
-
-def test_tables_that_were_changed_stay_so_where_weights_are_loaded():
-    layer = make(grid_size=4)
-    layer.cos = layer.cos + 1
-    layer.load_state_dict(layer.state_dict())
-    assert (layer.cos > 1).any()
 
 
 def test_copies_and_checkpointing():
@@ -286,7 +242,8 @@ def test_signature():
         ("num_heads: expected at least 1, got 0", {"num_heads": 0}),
         ("num_heads: expected a divisor of hidden_size = 32, got 5", {"num_heads": 5}),
         ("num_kv_heads: expected a divisor of num_heads = 4, got 3", {"num_kv_heads": 3}),
-        ("num_kv_heads: expected a divisor of num_heads = 4, got 0", {"num_kv_heads": 0}),
+        ("num_kv_heads: expected at least 1, got 0", {"num_kv_heads": 0}),
+        ("num_prefix_tokens: expected at least 0, got -1", {"num_prefix_tokens": -1}),
         ("head_dim: expected a multiple of 4 for rope '2d', got 6", {"head_dim": 6}),
         ("head_dim: expected a multiple of 2 for rope '1d', got 5", {"head_dim": 5, "rope": "1d"}),
         ("rope: expected one of '1d', '2d', '2d_interleaved' or None, got 'none'", {"rope": "none"}),

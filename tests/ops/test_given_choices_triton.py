@@ -19,10 +19,11 @@ FIELDS = ("token_indices", "gates", "group_offsets", "token_offsets", "token_row
 
 
 def choices(num_tokens: int, num_experts: int, top_k: int, dropped: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct experts of each token, int64, and weights; a share of the slots is dropped."""
+    """Distinct experts of each token, int64, and weights; a share of the slots has ids of no expert."""
     scores = torch.rand(num_tokens, num_experts)
     weights, ids = scores.topk(top_k) if num_tokens else (torch.zeros(0, top_k), torch.zeros(0, top_k).long())
-    return ids.masked_fill(torch.rand(ids.shape) < dropped, -1), weights
+    outside = torch.tensor([-1, num_experts, -300, 2**40])[torch.randint(4, ids.shape)]
+    return ids.where(torch.rand(ids.shape) >= dropped, outside), weights
 
 
 def same_routing(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> None:

@@ -296,6 +296,23 @@ def test_where_grouped_mm_waits_auto_takes_the_kernels(monkeypatch, capability, 
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("form", ["rows", "inner"])
+@pytest.mark.parametrize("frozen", ["x", "w"])
+def test_a_frozen_factor_costs_no_product(form, frozen, monkeypatch):
+    from diffmoe_kernels.ops.grouped_gemm import _library
+
+    inputs = operands(form, 3)
+    inputs["w" if frozen == "x" else "x"].requires_grad_()
+    y = ops.grouped_gemm(**inputs, offs=torch.tensor(OFFSETS["even"]).int(), backend="triton")
+    launched = []
+    for name in ("multiply_rows", "weight_grad"):
+        launch = getattr(_library, name)
+        monkeypatch.setattr(_library, name, lambda *a, launch=launch, **k: launched.append(launch) or launch(*a, **k))
+    y.sum().backward()
+    assert len(launched) == 1
+
+
 def test_offsets_with_gaps():
     offs = torch.tensor([[5, 0], [5, 0], [12, 0]], dtype=torch.int32)[:, 0]
     for form in FORMS[:3]:

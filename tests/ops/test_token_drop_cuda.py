@@ -74,7 +74,7 @@ def test_256_experts_and_one_more():
 def test_choices_past_the_capacity(num_tokens, num_experts, top_k, capacity, dtype, order):
     """A token may name an expert twice, and some slots are dropped already."""
     for kind in KINDS:
-        ids = torch.randint(-1, num_experts, (num_tokens, top_k), dtype=dtype)
+        ids = torch.randint(-1, num_experts + 2, (num_tokens, top_k), dtype=dtype)
         scores = scores_like(kind, num_tokens, top_k)
         ours, count = ops.token_choice_drop(ids, scores, num_experts, capacity, backend="cuda")
         expected, right = ops.token_choice_drop(ids, scores, num_experts, capacity, backend="reference")

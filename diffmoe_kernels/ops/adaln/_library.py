@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator
+from diffmoe_kernels.operator import empty_for_none, operator
 from diffmoe_kernels.ops.adaln._triton import modulate, modulate_backward
 from diffmoe_kernels.triton_support import why_not_triton
 
 MAX_WIDTH = 4096  # of a row, which a program holds whole
-
-
-def _empty_for_none(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if one is None else one for one in tensors)
 
 
 @operator("adaln")
@@ -31,27 +27,25 @@ def _adaln_backward(
     grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, shift_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = modulate_backward(None, grad.contiguous(), x, None, scale, weight, norm, eps, shift_dtype)
-    return _empty_for_none(x, grads[0], *grads[3:])
+    return empty_for_none(x, grads[0], *grads[3:])
 
 
 @_adaln_backward.register_fake
 def _(grad, x, scale, weight, norm, eps, shift_dtype):
     by_shift, by_scale = (x.new_empty(scale.shape, dtype=dtype) for dtype in (shift_dtype, scale.dtype))
-    return _empty_for_none(x, torch.empty_like(x), by_shift, by_scale, None if weight is None else weight.clone())
+    return empty_for_none(
+        x, torch.empty_like(x), by_shift, by_scale, None if weight is None else torch.empty_like(weight)
+    )
 
 
 def _save_for_adaln(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
     x, shift, scale, weight, *options = inputs
     ctx.save_for_backward(x, scale, weight)
     ctx.options = *options, shift.dtype
 
 
 def _backward_of_adaln(ctx, grad):
-    if grad is None:
-        return (None,) * 6
-    grads = _adaln_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return *_needed(ctx, grads), None, None
+    return _adaln_backward(grad, *ctx.saved_tensors, *ctx.options)
 
 
 _adaln.register_autograd(_backward_of_adaln, setup_context=_save_for_adaln)
@@ -79,14 +73,11 @@ def _(grad, y, gate):
 
 
 def _save_for_gated_residual(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[1:])
 
 
 def _backward_of_gated_residual(ctx, grad):
-    if grad is None:
-        return None, None, None
-    return _needed(ctx, (grad, *_gated_residual_backward(grad, *ctx.saved_tensors)))
+    return grad, *_gated_residual_backward(grad, *ctx.saved_tensors)
 
 
 _gated_residual.register_autograd(_backward_of_gated_residual, setup_context=_save_for_gated_residual)
@@ -126,7 +117,7 @@ def _gated_residual_adaln_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_stream = None if grad_stream is None else grad_stream.contiguous()
     options = weight, norm, eps, shift_dtype
-    return _empty_for_none(
+    return empty_for_none(
         stream, *modulate_backward(grad_stream, grad.contiguous(), stream, (y, gate), scale, *options)
     )
 
@@ -134,12 +125,11 @@ def _gated_residual_adaln_backward(
 @_gated_residual_adaln_backward.register_fake
 def _(grad, grad_stream, stream, y, gate, scale, weight, norm, eps, shift_dtype):
     vectors = (stream.new_empty(scale.shape, dtype=dtype) for dtype in (gate.dtype, shift_dtype, scale.dtype))
-    by_weight = None if weight is None else weight.clone()
-    return _empty_for_none(stream, torch.empty_like(stream), torch.empty_like(y), *vectors, by_weight)
+    by_weight = None if weight is None else torch.empty_like(weight)
+    return empty_for_none(stream, torch.empty_like(stream), torch.empty_like(y), *vectors, by_weight)
 
 
 def _save_for_both(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
     _, y, gate, shift, scale, weight, *options = inputs
     ctx.save_for_backward(output[0], y, gate, scale, weight)
     ctx.options = *options, shift.dtype
@@ -148,18 +138,11 @@ def _save_for_both(ctx, inputs, output):
 def _backward_of_both(ctx, grad_stream, grad):
     if grad is None:
         _, y, gate, *_ = ctx.saved_tensors
-        grads = (None, None) if grad_stream is None else _gated_residual_backward(grad_stream, y, gate)
-        return *_needed(ctx, (grad_stream, *grads)), *(None,) * 5
-    grads = _gated_residual_adaln_backward(grad, grad_stream, *ctx.saved_tensors, *ctx.options)
-    return *_needed(ctx, grads), None, None
+        return grad_stream, *_gated_residual_backward(grad_stream, y, gate)
+    return _gated_residual_adaln_backward(grad, grad_stream, *ctx.saved_tensors, *ctx.options)
 
 
 _gated_residual_adaln.register_autograd(_backward_of_both, setup_context=_save_for_both)
-
-
-def _needed(ctx, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients, first inputs first, without those of inputs that take none."""
-    return tuple(one if need else None for one, need in zip(grads, ctx.needs_input_grad, strict=False))
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, run
-from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape, compute_dtype
+from diffmoe_kernels.checks import (
+    check_choice,
+    check_dropout,
+    check_floating,
+    check_same_device,
+    check_shape,
+    compute_dtype,
+)
 from diffmoe_kernels.measured import experts_class, fastest
 from diffmoe_kernels.ops.experts import _torch
 from diffmoe_kernels.ops.experts.reference import experts_reference
@@ -72,8 +79,7 @@ def experts(
     check_shape("up_bias", up_bias, num_experts, up_size)
     check_shape("down_bias", down_bias, num_experts, hidden_size)
     check_shape("residual", residual, *x.shape)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    check_dropout(dropout)
     check_same_device(routing=routing.gates, **tensors)
     return run(
         "experts",

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator
+from diffmoe_kernels.operator import empty_for_none, operator
 from diffmoe_kernels.ops.experts import _grouped_mm, _triton, _triton_backward
 from diffmoe_kernels.ops.permute._triton import gather_sum
 from diffmoe_kernels.routing import Routing, for_kernels
@@ -99,7 +99,7 @@ def _experts_backward(
         weight_dtype,
         bias_dtype,
     )
-    return tuple(x.new_empty(0) if one is None else one for one in grads)
+    return empty_for_none(x, *grads)
 
 
 @_experts_backward.register_fake
@@ -134,7 +134,6 @@ class _Tied(torch.autograd.Function):
 def _save(ctx, inputs, output):
     x, gates, up_master, down_master, up_bias_master, down_bias_master, residual, *maps = inputs[:11]
     up, down, _, down_bias, activation, _, products = inputs[11:]
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.masters = [one for one in inputs[2:6] if one is not None]  # parameters, which are there anyway
     ctx.activation, ctx.products = activation, products
@@ -146,19 +145,16 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 18
     needs = ctx.needs_input_grad
     *tensors, pre = ctx.saved_tensors
     needs_weights = any(needs[2:6])
     grad_residual = grad.to(ctx.residual_dtype) if needs[6] else None
     if not any(needs[:6]):
-        return *(None,) * 6, grad_residual, *(None,) * 11
+        return *(None,) * 6, grad_residual
     if torch.is_grad_enabled():  # the casts hang on no graph, and a second derivative would miss the weights
         pre = _Tied.apply(pre, *ctx.masters)
     arguments = (ctx.activation, needs[0], needs_weights, ctx.weight_dtype, ctx.bias_dtype, ctx.products)
-    grads = _experts_backward(grad, *tensors, pre, *arguments)
-    return *(one if need else None for one, need in zip(grads, needs[:6], strict=True)), grad_residual, *(None,) * 11
+    return *_experts_backward(grad, *tensors, pre, *arguments), grad_residual
 
 
 _experts.register_autograd(_backward, setup_context=_save)

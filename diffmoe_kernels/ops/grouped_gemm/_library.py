@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator
+from diffmoe_kernels.operator import empty_for_none, operator
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
@@ -35,57 +35,56 @@ def _(a, b, offs):
 
 
 @operator("group_rows_backward")
-def _rows_backward(grad: Tensor, x: Tensor, w: Tensor, offs: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x (R, K), by w as (E, N, K), by the bias (E, N), empty without one."""
-    grad_x = _rows(grad, w.mT, offs, None)
-    grad_bias = sum_rows(grad, offs, dtype=grad.dtype) if has_bias else grad.new_empty(0)
-    return grad_x, weight_grad(grad, x, offs, dtype=grad.dtype), grad_bias
+def _rows_backward(
+    grad: Tensor, x: Tensor, w: Tensor, offs: Tensor, needs_x: bool, needs_w: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to x (R, K), w as (E, N, K) and the bias (E, N), empty where not needed."""
+    grad_x = _rows(grad, w.mT, offs, None) if needs_x else None
+    grad_w = weight_grad(grad, x, offs, dtype=grad.dtype) if needs_w else None
+    return empty_for_none(grad, grad_x, grad_w, sum_rows(grad, offs, dtype=grad.dtype) if needs_bias else None)
 
 
 @_rows_backward.register_fake
-def _(grad, x, w, offs, has_bias):
+def _(grad, x, w, offs, needs_x, needs_w, needs_bias):
     num_groups, depth, num_columns = w.shape
-    bias = grad.new_empty(num_groups, num_columns) if has_bias else grad.new_empty(0)
-    return grad.new_empty(x.shape), grad.new_empty(num_groups, num_columns, depth), bias
+    shapes = x.shape, (num_groups, num_columns, depth), (num_groups, num_columns)
+    needs = needs_x, needs_w, needs_bias
+    return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
 @operator("group_outer_backward")
-def _outer_backward(grad: Tensor, a: Tensor, b: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients by a (R, M) and by b (R, N)."""
-    return _rows(b, grad.mT, offs, None), _rows(a, grad, offs, None)
+def _outer_backward(
+    grad: Tensor, a: Tensor, b: Tensor, offs: Tensor, needs_a: bool, needs_b: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to a (R, M) and b (R, N), empty where not needed."""
+    grad_a = _rows(b, grad.mT, offs, None) if needs_a else None
+    return empty_for_none(grad, grad_a, _rows(a, grad, offs, None) if needs_b else None)
 
 
 @_outer_backward.register_fake
-def _(grad, a, b, offs):
-    return grad.new_empty(a.shape), grad.new_empty(b.shape)
+def _(grad, a, b, offs, needs_a, needs_b):
+    return grad.new_empty(a.shape if needs_a else 0), grad.new_empty(b.shape if needs_b else 0)
 
 
 def _save_rows(ctx, inputs, output):
-    x, w, offs, bias = inputs
-    ctx.set_materialize_grads(False)
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, w, offs)
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _backward_of_rows(ctx, grad):
-    if grad is None:
-        return None, None, None, None
-    grad_x, grad_w, grad_bias = _rows_backward(grad, *ctx.saved_tensors, ctx.has_bias)
-    return grad_x, grad_w.mT, None, grad_bias if ctx.has_bias else None
+    needs_x, needs_w, _, needs_bias = ctx.needs_input_grad
+    grad_x, grad_w, grad_bias = _rows_backward(grad, *ctx.saved_tensors, needs_x, needs_w, needs_bias)
+    return grad_x, grad_w.mT if needs_w else None, None, grad_bias
 
 
 _rows.register_autograd(_backward_of_rows, setup_context=_save_rows)
 
 
 def _save_outer(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
 
 
 def _backward_of_outer(ctx, grad):
-    if grad is None:
-        return None, None, None
-    return *_outer_backward(grad, *ctx.saved_tensors), None
+    return _outer_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2])
 
 
 _outer.register_autograd(_backward_of_outer, setup_context=_save_outer)

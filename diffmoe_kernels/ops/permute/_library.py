@@ -41,14 +41,12 @@ def _(grad_rows, token_offsets, token_rows, backend):
 
 
 def _save_for_permute(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[3:5])
     ctx.backend = inputs[5]
 
 
 def _backward_of_permute(ctx, grad_rows):
-    grad_x = None if grad_rows is None else _permute_backward(grad_rows, *ctx.saved_tensors, ctx.backend)
-    return grad_x, *(None,) * 5
+    return _permute_backward(grad_rows, *ctx.saved_tensors, ctx.backend)
 
 
 _permute.register_autograd(_backward_of_permute, setup_context=_save_for_permute)
@@ -85,15 +83,12 @@ def _(grad_out, rows, gates, token_indices, group_offsets, backend):
 
 
 def _save_for_unpermute(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4])
     ctx.backend = inputs[6]
 
 
 def _backward_of_unpermute(ctx, grad_out):
-    if grad_out is None:
-        return (None,) * 7
-    return *_unpermute_backward(grad_out, *ctx.saved_tensors, ctx.backend), *(None,) * 5
+    return _unpermute_backward(grad_out, *ctx.saved_tensors, ctx.backend)
 
 
 _unpermute.register_autograd(_backward_of_unpermute, setup_context=_save_for_unpermute)

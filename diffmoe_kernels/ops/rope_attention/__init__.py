@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, run
-from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape, compute_dtype
+from diffmoe_kernels.checks import (
+    check_choice,
+    check_floating,
+    check_same_device,
+    check_shape,
+    check_whole,
+    compute_dtype,
+)
 from diffmoe_kernels.measured import attention_class, fastest
 from diffmoe_kernels.ops.rope_attention._torch import rope_attention_torch
 from diffmoe_kernels.ops.rope_attention.reference import rope_attention_reference
@@ -75,12 +82,14 @@ def rope_attention(
         check_shape("qkv", qkv, "B", "N", "H + 2 * num_kv_heads", "d")
         if num_kv_heads is None:
             raise ValueError("num_kv_heads: expected a number for qkv of 4 dimensions, got None")
+        check_whole(num_kv_heads=num_kv_heads)
         num_heads = qkv.shape[2] - 2 * num_kv_heads
         if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads: expected a divisor of the query heads among {qkv.shape[2]}, got {num_kv_heads}"
             )
     num_tokens, head_dim = qkv.shape[1], qkv.shape[3]
+    check_whole(num_prefix_tokens=num_prefix_tokens)
     if not 0 <= num_prefix_tokens <= num_tokens:
         raise ValueError(f"num_prefix_tokens: expected 0 to {num_tokens}, the tokens, got {num_prefix_tokens}")
     if rope is None:

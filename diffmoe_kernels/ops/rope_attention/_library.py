@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.operator import operator
+from diffmoe_kernels.operator import empty_for_none, operator
 from diffmoe_kernels.ops.rope_attention._prepare import Settings
 from diffmoe_kernels.ops.rope_attention._triton import attend
 from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
@@ -69,27 +69,23 @@ def _rope_attention_backward(
     settings = Settings(num_heads, rope, num_prefix_tokens, norm, norm_eps, scale)
     norms = (q_weight, q_bias, k_weight, k_bias)
     by_qkv, by_norms = attend_backward(grad.contiguous(), qkv, out, lse, cos, sin, norms, settings)
-    return by_qkv, *(qkv.new_empty(0) if one is None else one for one in by_norms)
+    return empty_for_none(qkv, by_qkv, *by_norms)
 
 
 @_rope_attention_backward.register_fake
 def _(grad, qkv, q_weight, q_bias, k_weight, k_bias, *_):
-    norms = (q_weight, q_bias, k_weight, k_bias)
-    return torch.empty_like(qkv), *(qkv.new_empty(0) if one is None else torch.empty_like(one) for one in norms)
+    norms = (None if one is None else torch.empty_like(one) for one in (q_weight, q_bias, k_weight, k_bias))
+    return empty_for_none(qkv, torch.empty_like(qkv), *norms)
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:7], *output)
     ctx.options = inputs[7:13]
 
 
 def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 14
-    grads = _rope_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return *(one if need else None for one, need in zip(grads, ctx.needs_input_grad[:5], strict=True)), *(None,) * 9
+    return _rope_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
 
 
 _rope_attention.register_autograd(_backward, setup_context=_save)

@@ -14,6 +14,7 @@ from diffmoe_kernels.checks import (
     check_integer,
     check_same_device,
     check_shape,
+    check_sizes,
     check_whole,
 )
 from diffmoe_kernels.measured import fastest, tokens_class
@@ -106,21 +107,20 @@ def routing_from_topk(
     check_shape("topk_ids", topk_ids, "T", "K")
     check_shape("topk_weights", topk_weights, *topk_ids.shape)
     check_same_device(topk_ids=topk_ids, topk_weights=topk_weights)
-    check_whole(num_experts=num_experts)
-    if num_experts < 1:
-        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    check_sizes(1, num_experts=num_experts)
     return run("routing_from_topk", backend, _FROM_TOPK, topk_ids, topk_weights, num_experts)
 
 
 def check_router(
     num_experts: int,
     top_k: int,
-    score_function: str = "sigmoid",
-    num_groups: int = 1,
-    top_groups: int = 1,
-    masked_group_fill: float = -math.inf,
+    score_function: str,
+    num_groups: int,
+    top_groups: int,
+    masked_group_fill: float,
 ) -> None:
-    """Raises ValueError where a token-choice router of these sizes can't choose ``top_k``, TypeError for a float."""
+    """Raises ValueError where a token-choice router of these sizes can't choose ``top_k``, TypeError for what is no
+    integer."""
     check_whole(num_experts=num_experts, top_k=top_k, num_groups=num_groups, top_groups=top_groups)
     check_choice("score_function", score_function, SCORE_FUNCTIONS)
     if not 1 <= top_k <= num_experts:

@@ -52,7 +52,7 @@ def _mask_kernel(
     is_member = kept[:, :, None] & ((ids[:, :, None] == lists[None, None, :]) | (lists == E)[None, None, :])
     bits = tl.full((BLOCK,), 1, tl.uint32) << places.to(tl.uint32)
     members = tl.sum(tl.where(is_member, bits[:, None, None], 0), 0)  # (BLOCKS, LISTS)
-    at = lists[None, :] * num_blocks + blocks[:, None]
+    at = lists[None, :].to(tl.int64) * num_blocks + blocks[:, None]
     in_masks = (blocks < num_blocks)[:, None] & (lists <= E)[None, :]
     tl.store(masks + at, members.to(tl.int32, bitcast=True), mask=in_masks)
 

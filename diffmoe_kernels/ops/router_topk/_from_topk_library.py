@@ -44,15 +44,13 @@ def _(grad_gates, topk_ids, token_offsets, token_rows, num_experts, dtype):
 def _save_choices(ctx, inputs, output):
     topk_weights, topk_ids, num_experts = inputs
     _, *maps = output
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*maps)
     ctx.save_for_backward(topk_ids, *maps[2:])
     ctx.options = num_experts, topk_weights.dtype
 
 
 def _backward_of_choices(ctx, grad_gates, *others):
-    grad = None if grad_gates is None else _routing_from_topk_backward(grad_gates, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None
+    return _routing_from_topk_backward(grad_gates, *ctx.saved_tensors, *ctx.options)
 
 
 _routing_from_topk.register_autograd(_backward_of_choices, setup_context=_save_choices)

@@ -74,17 +74,13 @@ def _(scores, *others):
 def _save(ctx, inputs, output):
     router_logits, _, _, softmax, _, _, _, normalize, scaling_factor, backend = inputs
     _, scores, _, topk_ids, *_, token_rows = output
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(scores, topk_ids, token_rows)
     ctx.options = softmax, normalize, scaling_factor, router_logits.dtype, backend
 
 
 def _backward(ctx, *grads):
-    grad_logits = None
-    if any(grad is not None for grad in grads[:3]):
-        grad_logits = _router_topk_backward(*ctx.saved_tensors, *grads[:3], *ctx.options)
-    return grad_logits, *(None,) * 9
+    return _router_topk_backward(*ctx.saved_tensors, *grads[:3], *ctx.options)
 
 
 _router_topk.register_autograd(_backward, setup_context=_save)

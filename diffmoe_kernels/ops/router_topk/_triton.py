@@ -141,7 +141,7 @@ def _scan_kernel(masks, begins, totals, num_blocks, BLOCK: tl.constexpr):
     for start in range(0, num_blocks, BLOCK):
         blocks = start + tl.arange(0, BLOCK)
         inside = blocks < num_blocks
-        at = own * num_blocks + blocks
+        at = own.to(tl.int64) * num_blocks + blocks
         count = _bits(tl.load(masks + at, mask=inside, other=0).to(tl.uint32, bitcast=True))
         tl.store(begins + at, total + tl.cumsum(count, 0) - count, mask=inside)
         total += tl.sum(count, 0)
@@ -151,7 +151,7 @@ def _scan_kernel(masks, begins, totals, num_blocks, BLOCK: tl.constexpr):
 @triton.jit
 def rank_in_list(masks, begins, lists, places, num_blocks, mask, BLOCK: tl.constexpr):
     """How many members of a list come before a place: those in earlier blocks, and the earlier bits of its own."""
-    at = lists * num_blocks + places // BLOCK
+    at = lists.to(tl.int64) * num_blocks + places // BLOCK
     earlier = (tl.full(places.shape, 1, tl.uint32) << (places % BLOCK).to(tl.uint32)) - 1
     members = tl.load(masks + at, mask=mask, other=0).to(tl.uint32, bitcast=True)
     return tl.load(begins + at, mask=mask, other=0) + _bits(members & earlier)

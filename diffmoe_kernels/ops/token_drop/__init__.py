@@ -20,6 +20,7 @@ from diffmoe_kernels.checks import (
     check_integer,
     check_same_device,
     check_shape,
+    check_sizes,
     check_whole,
 )
 from diffmoe_kernels.measured import fastest, tokens_class
@@ -166,7 +167,7 @@ def token_choice_drop(
     The bound is that of Switch Transformers (arXiv:2101.03961) and MegaBlocks' dropping layers; those drop by position.
 
     Args:
-        topk_ids: (T, K) signed integer; negative where a slot is dropped already.
+        topk_ids: (T, K) signed integer; one outside [0, E) is a slot that is dropped already, and stays as it is.
         drop_scores: (T, K) floating: what ranks an expert's choices, usually topk_weights. No gradient flows to it.
         num_experts: E.
         expert_capacity: choices that an expert keeps, usually int(K * T / E * capacity_factor).
@@ -187,11 +188,8 @@ def token_choice_drop(
     check_shape("topk_ids", topk_ids, "T", "K")
     check_shape("drop_scores", drop_scores, *topk_ids.shape)
     check_same_device(topk_ids=topk_ids, drop_scores=drop_scores)
-    check_whole(num_experts=num_experts, expert_capacity=expert_capacity)
-    if num_experts < 1:
-        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
-    if expert_capacity < 0:
-        raise ValueError(f"expert_capacity: expected 0 or more, got {expert_capacity}")
+    check_sizes(1, num_experts=num_experts)
+    check_sizes(0, expert_capacity=expert_capacity)
     return run("token_choice_drop", backend, _TOKEN_CHOICE, topk_ids, drop_scores, num_experts, expert_capacity)
 
 

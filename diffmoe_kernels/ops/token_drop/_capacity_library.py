@@ -33,12 +33,11 @@ def _(grad, logits, group_offsets, token_offsets, token_rows):
 
 
 def _save_inputs(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
 
 
 def _backward_of_loss(ctx, grad):
-    return None if grad is None else _capacity_loss_backward(grad, *ctx.saved_tensors), None, None, None
+    return _capacity_loss_backward(grad, *ctx.saved_tensors)
 
 
 _capacity_loss.register_autograd(_backward_of_loss, setup_context=_save_inputs)

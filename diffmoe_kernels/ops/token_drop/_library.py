@@ -59,15 +59,13 @@ def _(grad_gates, group_offsets, token_offsets, token_rows, dtype, backend):
 
 
 def _save_maps(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:5])
-    ctx.options, ctx.num_others = (inputs[0].dtype, inputs[-1]), len(inputs) - 1
+    ctx.options = inputs[0].dtype, inputs[-1]
 
 
 def _backward_of_gates(ctx, grad_gates, *others):
-    grad = None if grad_gates is None else _token_drop_backward(grad_gates, *ctx.saved_tensors, *ctx.options)
-    return grad, *[None] * ctx.num_others
+    return _token_drop_backward(grad_gates, *ctx.saved_tensors, *ctx.options)
 
 
 _token_drop.register_autograd(_backward_of_gates, setup_context=_save_maps)

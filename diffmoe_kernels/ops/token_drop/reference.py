@@ -13,13 +13,13 @@ from diffmoe_kernels.routing import Routing
 def token_drop_reference(router_scores: Tensor, expert_capacity: int, num_pools: int) -> Routing:
     """(T, E) scores -> each expert's best ``expert_capacity`` tokens of each of ``num_pools`` equal pools."""
     num_tokens, num_experts = router_scores.shape
-    pools = at_least_float32(router_scores).unflatten(0, (num_pools, -1))  # (P, S, E)
+    pools = at_least_float32(router_scores).unflatten(0, (num_pools, num_tokens // num_pools))  # (P, S, E)
     best = _largest_first(pools.detach(), dim=1)[:, :expert_capacity]  # (P, C, E)
     tokens = best.sort(dim=1).values
     gates = pools.gather(1, tokens)
     first = torch.arange(num_pools, device=best.device) * (num_tokens // num_pools)  # (P,)
-    tokens = (tokens + first.view(-1, 1, 1)).permute(2, 0, 1).reshape(num_experts, -1)  # (E, P * C)
-    return Routing.from_expert_choice(tokens, gates.permute(2, 0, 1).reshape(num_experts, -1), num_tokens)
+    tokens = (tokens + first.view(-1, 1, 1)).permute(2, 0, 1).flatten(1)  # (E, P * C)
+    return Routing.from_expert_choice(tokens, gates.permute(2, 0, 1).flatten(1), num_tokens)
 
 
 def token_drop_predicted_reference(
@@ -63,7 +63,7 @@ def token_choice_drop_reference(
 ) -> tuple[Tensor, Tensor]:
     """(T, K) choices -> the same with -1 past each expert's best ``expert_capacity``, and how many that are."""
     experts = topk_ids.reshape(-1).long()
-    experts = experts.where(experts >= 0, num_experts)
+    experts = experts.where((experts >= 0) & (experts < num_experts), num_experts)
     by_score = drop_scores.detach().reshape(-1).argsort(descending=True, stable=True)
     order = by_score[experts[by_score].argsort(stable=True)]  # by expert, the best first
     sizes = torch.zeros(num_experts + 1, dtype=torch.int64, device=order.device)
