@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import platform
-import signal
 import sys
 import time
 import warnings
@@ -17,14 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from models.data import check_labels, load_dataset, save_grid
 from models.files import write_atomically
 from models.objectives import objective_for
 from models.options import read_yaml, to_yaml
 from models.sampling import balanced_labels, check_decodable, sample_images, to_images
-from models.training.batches import ShuffledBatches
+from models.training.batches import ShuffledBatches, load_batches
 from models.training.checkpoints import (
     checkpoint_path,
     list_checkpoints,
@@ -32,7 +30,7 @@ from models.training.checkpoints import (
     save_checkpoint,
 )
 from models.training.config import TrainConfig
-from models.training.interrupt import StopOnSignal, hold_signals
+from models.training.interrupt import StopOnSignal
 from models.training.loading import (
     check_model_config,
     load_weights,
@@ -309,27 +307,10 @@ class Trainer:
         return {**versions, **how}
 
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """From this step on, loaded by processes of their own if there are `workers`, which end when it is closed."""
-        order = ShuffledBatches(len(self.data.train), self.config.batch_size, self.config.seed, start=self.step)
-        loader = DataLoader(
-            self.data.train,
-            batch_sampler=order,
-            num_workers=self.config.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else it would draw from the global one, once per process
-            worker_init_fn=_ignore_signals,  # a start method other than fork lets go of what is held
-        )
-        with hold_signals():
-            batches = iter(loader)
-        workers = batches._workers if self.config.workers else []
-        try:
-            yield from batches
-        finally:
-            if workers:
-                batches._shutdown_workers()  # an error's traceback would keep them
-            for worker in workers:
-                if worker.is_alive():
-                    worker.kill()  # one that waits for a disk: it takes no SIGTERM
+        """From this step on."""
+        config, pin_memory = self.config, self.device.type == "cuda"
+        order = ShuffledBatches(len(self.data.train), config.batch_size, config.seed, start=self.step)
+        return load_batches(self.data.train, order, workers=config.workers, pin_memory=pin_memory)
 
     def _reason_to_end(self, stop: StopOnSignal, deadline: float) -> str | None:
         if stop.requested:
@@ -369,11 +350,6 @@ class Trainer:
             f"step {step}: {what}; training stopped, {good}. "
             "Start a new run with a lower --learning-rate, a smaller --grad-clip or --precision float32"
         )
-
-
-def _ignore_signals(worker: int) -> None:
-    for number in StopOnSignal.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:
