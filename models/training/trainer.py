@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,9 @@ from models.training.checkpoints import (
 from models.training.config import TrainConfig
 from models.training.interrupt import StopOnSignal
 from models.training.loading import (
+    check_forward,
     check_model_config,
+    check_one_process,
     load_weights,
     model_overrides,
     pick_device,
@@ -50,7 +52,12 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer step: the loss that was minimised, its flow part without auxiliary losses, the gradient's norm."""
+    """One optimizer step.
+
+    loss: what was minimised, auxiliary losses included.
+    mse: squared error of what the objective predicts: the velocity, or the noise for DDPM.
+    grad_norm: of all gradients, before they were clipped.
+    """
 
     loss: float
     mse: float
@@ -62,7 +69,8 @@ class TrainResult:
     """How a call of `Trainer.fit` ended.
 
     step: optimizer steps done since the start of the run.
-    images_per_second: training images per second of training steps in this process; sampling and writing not counted.
+    images_per_second: training images per second of all training steps in this process, the first one's compilation
+        too; sampling and writing not counted. `metrics.jsonl` has that of the steps since the record before.
     checkpoint: the one of `step`.
     ended_by: what stopped it.
     """
@@ -83,14 +91,16 @@ class Trainer:
         config: the options.
         resume: continue the run in `config.output` from its newest readable checkpoint, or from the start if it was
             stopped before the first one. On the same machine, device, thread count and versions the result is the
-            same, bit for bit, as without the stop.
+            same, bit for bit, as without the stop. Another learning rate, gradient clip or precision is taken with a
+            warning: by the same ones a run would meet the same NaN again.
 
     Raises:
-        ValueError: options, data and model do not fit together; without `resume`, the directory holds a run; with it,
-            the directory holds none, or one of another model or other options.
+        ValueError: several processes were asked for; options, data and model do not fit together; without `resume`, the
+            directory holds a run; with it, the directory holds none, or one of another model or other options.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+        check_one_process()
         self.config, self.run = config, Path(config.output)
         saved = self._find_saved(resume)
         self.device = pick_device(config.device)
@@ -99,7 +109,7 @@ class Trainer:
         )
         self.model_overrides = model_overrides(config.model_options, self.data)
 
-        self._check_forward()
+        check_forward(config.model, self.model_overrides, config.batch_size // config.accumulation)
         torch.manual_seed(config.seed)
         self.model = trainable_model(config.model, self.model_overrides).to(self.device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -118,47 +128,55 @@ class Trainer:
         check_decodable(self.model, self.data.autoencoder)
         self.step, self.checkpoint, self.sampled = 0, None, None
         self.window: list[StepStats] = []  # of the steps since the last record
+        self.times: list[float] = []  # seconds that those of them took that this process has done
         if saved:
             self._restore(*saved)
         if config.compile:
-            self.model.compile()
+            for (
+                block
+            ) in self.model.blocks:  # blocks of one kind share a compilation: seconds, where a model's is minutes
+                block.compile()
 
         self.run.mkdir(parents=True, exist_ok=True)
         write_atomically(self.run / CONFIG_FILE, lambda file: file.write(to_yaml(config).encode()))
 
     def fit(self) -> TrainResult:
         """Train until the steps are done, the time is up or a signal asks to stop; then write a checkpoint and,
-        unless it was a signal, a sample grid and the loss curve.
+        unless it was a signal, a record of the last steps, a sample grid and the loss curve.
 
         Raises:
             NonFiniteError: the loss, a gradient or a weight is NaN or infinite; nothing of that step is kept.
+            OSError, ValueError: an image can't be read; a checkpoint of the step before is left.
         """
         config, start = self.config, self.step
         deadline = math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
-        seconds, speed = 0.0, 0.0
+        seconds = 0.0
         with (
             StopOnSignal() as stop,
-            closing(RunLog(self.run, start)) as log,
+            closing(RunLog(self.run, start - len(self.window))) as log,
             self._progress_bar() as bar,
             closing(self._batches()) as batches,
         ):
             while not (ended_by := self._reason_to_end(stop, deadline)):
                 started = time.perf_counter()
-                self.window.append(self.train_step(*next(batches)))
-                seconds += time.perf_counter() - started
-                speed = (self.step - start) * config.batch_size / seconds
-                bar.set_postfix_str(f"loss {self.window[-1].loss:.4f}, {speed:.0f} images/s", refresh=False)
+                self.window.append(self.train_step(*self._next(batches)))
+                self.times.append(time.perf_counter() - started)
+                seconds += self.times[-1]
+                bar.set_postfix_str(f"loss {self.window[-1].loss:.4f}, {self._speed():.0f} images/s", refresh=False)
                 bar.update()
                 if self.step == 1 or self.step % config.log_every == 0:
-                    self._log(log, speed)
+                    self._log(log)
                 if self.step % config.checkpoint_every == 0:
                     self.save()
                 if self.step % config.sample_every == 0:
                     self.save_samples()
             self.save()
             if ended_by != "signal":
+                if self.window:  # after the checkpoint, by which a longer run writes this record anew
+                    self._log(log)
                 self.save_samples()
                 save_loss_curves(self.run / "loss.png", {config.model: read_metrics(self.run)})
+        speed = (self.step - start) * config.batch_size / seconds if seconds else 0.0
         return TrainResult(self.step, speed, self.checkpoint, ended_by)
 
     def train_step(self, images: Tensor, labels: Tensor) -> StepStats:
@@ -226,6 +244,7 @@ class Trainer:
             method=config.sample_method,
             steps=config.sample_steps,
             cfg_scale=config.sample_cfg_scale if model.null_label is not None else 1.0,
+            precision=config.precision,
         )
         images = to_images(samples.to(self.device), self.data.autoencoder)
         path = self.run / "samples" / f"step-{self.step:08d}.png"
@@ -251,14 +270,6 @@ class Trainer:
             "window": [dataclasses.astuple(stats) for stats in self.window],
             "environment": self._environment(),
         }
-
-    def _check_forward(self) -> None:
-        """Refuse, before the run directory is made, a batch whose parts the model can't take: a capacity under one."""
-        with torch.device("meta"), torch.no_grad():
-            model = trainable_model(self.config.model, self.model_overrides).train()
-            part = self.config.batch_size // self.config.accumulation
-            images = torch.empty(part, model.in_channels, model.input_size, model.input_size)
-            model(images, torch.zeros(part), torch.zeros(part, dtype=torch.int64))
 
     def _find_saved(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
         config_file = self.run / CONFIG_FILE
@@ -296,7 +307,8 @@ class Trainer:
         if self.device.type == "cuda" and state["rng"]["cuda"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"][0], self.device)
         was, now = state["environment"], self._environment()
-        changed = [f"{name} {was[name]} -> {now[name]}" for name in now if was.get(name, now[name]) != now[name]]
+        changed = self.config.changes_since(state["train_config"])
+        changed += [f"{name} {was[name]} -> {now[name]}" for name in now if was.get(name, now[name]) != now[name]]
         if changed:
             warnings.warn(f"resumed, but not bit for bit: {', '.join(changed)} since {path} was written", stacklevel=3)
 
@@ -323,18 +335,31 @@ class Trainer:
         warmup = min(1.0, (self.step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
         return self.config.learning_rate * warmup
 
-    def _log(self, log: RunLog, speed: float) -> None:
-        """Record the means since the last record."""
+    def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A batch; where an image or a disk fails, a checkpoint is left before that is raised."""
+        try:
+            return next(batches)
+        except Exception:  # between two steps any of them leaves a state to go on from
+            self.save()
+            raise
+
+    def _speed(self) -> float:
+        """Images per second since the last record."""
+        return len(self.times) * self.config.batch_size / sum(self.times)
+
+    def _log(self, log: RunLog) -> None:
+        """Record the means, and the speed, since the last record."""
         means = {
             field.name: sum(getattr(stats, field.name) for stats in self.window) / len(self.window)
             for field in dataclasses.fields(StepStats)
         }
-        self.window = []
         progress = {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "epoch": self.step * self.config.batch_size / len(self.data.train),
-            "images_per_second": speed,
         }
+        if self.times:  # else an earlier process did these steps
+            progress["images_per_second"] = self._speed()
+        self.window, self.times = [], []
         log.write(self.step, {**means, **progress})
 
     def _progress_bar(self) -> Any:
@@ -345,10 +370,12 @@ class Trainer:
         return tqdm(total=total, initial=self.step, desc=self.config.model, unit="step", mininterval=interval)
 
     def _non_finite(self, what: str, step: int) -> NonFiniteError:
-        good = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
+        good = "there is no checkpoint yet: resume, which starts over,"
+        if self.checkpoint:
+            good = f"the last good checkpoint is {self.checkpoint}: resume from it"
         return NonFiniteError(
-            f"step {step}: {what}; training stopped, {good}. "
-            "Start a new run with a lower --learning-rate, a smaller --grad-clip or --precision float32"
+            f"step {step}: {what}; training stopped, {good} "
+            "with a lower --learning-rate, a smaller --grad-clip or --precision float32"
         )
 
 
