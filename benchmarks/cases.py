@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from benchmarks import adaln, attention, expert_choice, experts, grouped_gemm, routing, token_choice, whole_models
 from benchmarks.goals import GOALS, Key
+from benchmarks.parts import PARTS
 from benchmarks.registry import Case, Where
 
 OWN_PARTS = {"experts": "experts", "rope_attention": "attention"}  # of the ops' verdicts
-# Each fits a process, the most telling first.
-PARTS = ("experts", "layers", "attention", "compared", "models", "extras", "other-models")
-ALONE = ("models", "other-models")  # leave no room on the GPU for anything else
 
 
 def all_cases(where: Where) -> list[Case]:

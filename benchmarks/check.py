@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarks.cases import ALONE, PARTS
 from benchmarks.files import kept_from_running, load
 from benchmarks.goals import report
+from benchmarks.parts import ALONE, PARTS
 from benchmarks.report import write
 
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.files import CAPTURE_FAILED, kept_from_running, load
+from benchmarks.parts import PARTS
 
 _TIMED: list[dict[str, Any]] = []
 _NOT_RUN: list[dict[str, Any]] = []
@@ -26,7 +27,7 @@ _START = time.monotonic()
 def pytest_addoption(parser: pytest.Parser) -> None:
     about = "start no benchmark later than this; the most telling come first"
     parser.addoption("--budget", type=float, metavar="SECONDS", help=about)
-    parser.addoption("--part", help="run one part alone, as benchmarks.cases calls it")
+    parser.addoption("--part", choices=PARTS, help="run one part alone")
     about = "run alone what that file says a failed capture of a graph kept from being run"
     parser.addoption("--rest-of", type=Path, metavar="FILE", help=about)
 

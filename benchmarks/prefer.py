@@ -69,8 +69,8 @@ def rows(data: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
     )
     for one in data["benchmarks"]:
         record = one["extra_info"]
-        if not record.get("backend") or not record["published_size"]:
-            continue
+        if not record.get("backend") or not record["published_size"] or not one["stats"]["median"]:
+            continue  # a median of 0 is shorter than can be told
         if record["weights_dtype"] != record["dtype"] or (found := shape_class(record)) is None:
             continue
         backend = "torch" if record["backend"] == "reference" else record["backend"]

@@ -11,10 +11,12 @@ import functools
 import itertools
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,11 +97,6 @@ def runs_of(seconds: float, inputs: int) -> int:
     return min(times, max(MOST_RUNS // inputs, 1)) * inputs
 
 
-def percentile(times: Sequence[float], percent: float) -> float:
-    """Between the two nearest of the times where none is at it, in proportion."""
-    return torch.tensor(times, dtype=torch.float64).quantile(percent / 100).item()
-
-
 def keep(benchmark: Any, node: Any, facts: dict[str, Any]) -> None:
     """Files the facts, with the percentiles, where pytest-benchmark's JSON and the tables at the end find them.
 
@@ -110,7 +107,7 @@ def keep(benchmark: Any, node: Any, facts: dict[str, Any]) -> None:
     if benchmark.stats is None:
         return  # --benchmark-disable
     stats = benchmark.stats.stats
-    benchmark.extra_info |= facts | {f"p{at}_ms": percentile(stats.data, at) * 1e3 for at in (20, 80)}
+    benchmark.extra_info |= facts | {f"p{at}_ms": float(np.percentile(stats.data, at)) * 1e3 for at in (20, 80)}
     node.user_properties += [("facts", dict(benchmark.extra_info)), ("stats", {"median": stats.median})]
 
 
@@ -132,7 +129,7 @@ def ceilings(where: Where) -> dict[str, float]:
             before = CLOCK()
             run()
             times.append(CLOCK() - before)
-        found[name] = amount / percentile(times, 50)
+        found[name] = amount / statistics.median(times)
     return found
 
 
@@ -159,7 +156,7 @@ def _clearing(runs: int) -> float:
         before = CLOCK()
         replay()
         times.append(CLOCK() - before)
-    return percentile(times, 50)
+    return statistics.median(times)
 
 
 def _graph(steps: Sequence[Step], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:

@@ -7,7 +7,7 @@ from argparse import BooleanOptionalAction
 from collections.abc import Collection
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -16,7 +16,12 @@ Config = TypeVar("Config")
 
 
 def option(
-    default: Any, help: str, *, items: type | None = None, change_on_resume: bool = False, alias: str | None = None
+    default: Any,
+    help: str,
+    *,
+    items: type | None = None,
+    change_on_resume: bool | Literal["warn"] = False,
+    alias: str | None = None,
 ) -> Any:
     """A dataclass field that also is a command-line option.
 
@@ -24,7 +29,7 @@ def option(
         default: the default; a dictionary is copied.
         help: what the command line says about it.
         items: of a list, the type of what may be given one after another: `--classes 3 5`.
-        change_on_resume: a resumed run may set it anew.
+        change_on_resume: a resumed run may set it anew; "warn" where it does not go on bit for bit then.
         alias: a shorter name on the command line.
     """
     metadata = {"help": help, "items": items, "change_on_resume": change_on_resume, "alias": alias}

@@ -55,7 +55,7 @@ def notes(trainer: Trainer) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0 where training ended as asked, by Ctrl-C too."""
+    """Run the command line; the exit status is 130 where Ctrl-C or SIGTERM ended it, with a checkpoint."""
     try:
         config, resume = parse(arguments)
         trainer = Trainer(config, resume=resume)
@@ -73,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{config.model}: step {result.step}, ended by {result.ended_by}; newest checkpoint {result.checkpoint}")
     if result.ended_by == "signal":
         print(f"continue with: python -m models.train --resume --output {shlex.quote(config.output)}")
-    else:
-        print(f"samples in {trainer.run / 'samples'}, loss curve {trainer.run / 'loss.png'}")
-        print(f"sample more: python -m models.sample --checkpoint {shlex.quote(config.output)} --output samples")
+        return 130
+    print(f"samples in {trainer.run / 'samples'}, loss curve {trainer.run / 'loss.png'}")
+    print(f"sample more: python -m models.sample --checkpoint {shlex.quote(config.output)} --output samples")
     return 0
 
 

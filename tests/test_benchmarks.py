@@ -370,6 +370,14 @@ def test_a_budget_stops_what_has_not_begun(tmp_path) -> None:
     assert "0 measured, 1 skipped, 0 failed" in goals.report(data)
 
 
+def test_a_part_that_is_not_there_is_refused_with_those_that_are() -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--part=typo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "invalid choice: 'typo'" in done.stderr and "other-models" in done.stderr
+
+
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 def test_what_the_host_is_timed_on_gives_the_same(op, backend):

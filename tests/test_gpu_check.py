@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import check, files, goals, prefer, whole_models
-from benchmarks.cases import ALONE, PARTS, all_cases, pairs
+from benchmarks.cases import all_cases, pairs
 from benchmarks.files import CAPTURE_FAILED
+from benchmarks.parts import ALONE, PARTS
 from benchmarks.registry import GPU
 from tests.sanitizer import sanitized
 

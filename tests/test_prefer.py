@@ -68,6 +68,12 @@ def test_what_says_nothing_about_a_choice(changes) -> None:
     assert prefer.rows(run(record("experts", "L-E16", "triton", 2.0), other), "f") == []
 
 
+def test_a_time_of_nothing_wins_nothing() -> None:
+    """Of a median of 0, shorter than the clock tells, nobody knows how short it was."""
+    nothing, rival = record("experts", "L-E16", "triton", 0.0), record("experts", "L-E16", "torch", 3.0)
+    assert prefer.rows(run(nothing, rival), "f") == []
+
+
 def test_every_choice_can_be_measured(monkeypatch) -> None:
     """Each op that asks the table has cases on a GPU, with a rival; those of tokens of both classes."""
     asked = set()

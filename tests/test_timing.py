@@ -158,11 +158,6 @@ def test_on_a_cpu_the_clock_counts_runs_alone() -> None:
     assert timing.FEWEST_ROUNDS <= timing.rounds_of(run, seconds=0.0) <= timing.MOST_ROUNDS
 
 
-def test_percentiles() -> None:
-    times = [3.0, 1.0, 2.0, 5.0, 4.0]
-    assert [timing.percentile(times, percent) for percent in (0, 20, 50, 80, 100)] == pytest.approx([1, 1.8, 3, 4.2, 5])
-
-
 def test_ceilings_are_rates_of_a_copy_and_a_product(gpu, monkeypatch) -> None:
     """On a machine whose every step takes a millisecond."""
     where = SimpleNamespace(device="cpu", dtype=torch.float32)

@@ -64,7 +64,7 @@ class Run:
             ValueError: naming the option.
         """
         if self.options_file.exists():
-            self.train.check_resumable_from(read_yaml(self.options_file), self.options_file)
+            self.train.check_resumable_from(read_yaml(self.options_file), self.options_file, exactly=True)
 
     def records(self) -> list[dict[str, Any]]:
         """The records of training up to the step that was sampled."""

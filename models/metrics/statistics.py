@@ -8,7 +8,7 @@ class RunningGaussian:
     """Mean and unbiased covariance of all rows seen so far, in float64, without keeping them.
 
     Each batch is centred by its own mean before its squares are summed, so that features far from zero lose no digits;
-    the same rows in other batches, or from several processes by `merge`, agree to rounding.
+    the same rows in other batches agree to rounding.
 
     Source: T. Chan, G. Golub and R. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances" (1979).
@@ -33,15 +33,14 @@ class RunningGaussian:
         features = features.detach().double()
         mean = features.mean(0)
         centred = features - mean
-        self._add(len(features), mean, centred.mT @ centred)
-
-    def merge(self, other: "RunningGaussian") -> None:
-        """Take in all rows that `other`, of the same width and on the same device, has seen."""
-        if not other.count:
+        scatter = centred.mT @ centred
+        if not self.count:
+            self.count, self.mean, self._scatter = len(features), mean, scatter
             return
-        if self.count and other.mean.shape != self.mean.shape:
-            raise ValueError(f"other must be of width {len(self.mean)}, got {len(other.mean)}")
-        self._add(other.count, other.mean, other._scatter)
+        total, shift = self.count + len(features), mean - self.mean
+        self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self.count * len(features) / total)
+        self.mean = self.mean + shift * (len(features) / total)
+        self.count = total
 
     @property
     def covariance(self) -> Tensor:
@@ -53,12 +52,3 @@ class RunningGaussian:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, got {self.count}")
         return self._scatter / (self.count - 1)
-
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if not self.count:
-            self.count, self.mean, self._scatter = count, mean, scatter
-            return
-        total, shift = self.count + count, mean - self.mean
-        self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self.count * count / total)
-        self.mean = self.mean + shift * (count / total)
-        self.count = total

@@ -1,10 +1,15 @@
-"""The order in which training sees the data, as a pure function of seed, epoch and step."""
+"""The order in which training sees the data, as a pure function of seed, epoch and step, and its loading."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 from itertools import islice
 
 import numpy as np
-from torch.utils.data import Sampler
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from models.training.interrupt import StopOnSignal, hold_signals
 
 
 class ShuffledBatches(Sampler[list[int]]):
@@ -34,3 +39,33 @@ class ShuffledBatches(Sampler[list[int]]):
         while True:
             yield from np.random.default_rng([self.seed, epoch]).permutation(self.num_items)[skip:].tolist()
             epoch, skip = epoch + 1, 0
+
+
+def load_batches(
+    images: Dataset, order: ShuffledBatches, *, workers: int, pin_memory: bool
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Batches of `images` in that order, loaded by as many processes of their own, which end when it is closed."""
+    loader = DataLoader(
+        images,
+        batch_sampler=order,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else it would draw from the global one, once per process
+        worker_init_fn=_ignore_signals,  # a start method other than fork lets go of what is held
+    )
+    with hold_signals():
+        batches = iter(loader)
+    processes = batches._workers if workers else []
+    try:
+        yield from batches
+    finally:
+        if processes:
+            batches._shutdown_workers()  # an error's traceback would keep them
+        for process in processes:
+            if process.is_alive():
+                process.kill()  # one that waits for a disk: it takes no SIGTERM
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in StopOnSignal.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -32,18 +32,27 @@ class TrainConfig:
     steps: int = option(2000, "optimizer steps to train for, counted from the start of the run", change_on_resume=True)
     max_minutes: float | None = option(None, "stop early after this time in this process", change_on_resume=True)
     batch_size: int = option(64, "images per optimizer step (256 is usual for latent models)", alias="batch")
-    accumulation: int = option(1, "parts a batch is cut into, each with its own backward pass, to save memory")
-    learning_rate: float = option(1e-3, "AdamW's learning rate after warm-up (1e-4 is usual for latent models)")
+    accumulation: int = option(
+        1,
+        "parts a batch is cut into, each with its own backward pass, to save memory; DiffMoE's experts choose in each",
+    )
+    learning_rate: float = option(
+        1e-3, "AdamW's learning rate after warm-up (1e-4 is usual for latent models)", change_on_resume="warn"
+    )
     warmup_steps: int = option(100, "steps over which the learning rate rises linearly from 0")
     beta2: float = option(0.999, "AdamW's decay of the squared gradient")
     weight_decay: float = option(0.0, "AdamW's weight decay")
-    grad_clip: float | None = option(1.0, "largest gradient norm, larger ones are scaled down; null for no limit")
+    grad_clip: float | None = option(
+        1.0, "largest gradient norm, larger ones are scaled down; null for no limit", change_on_resume="warn"
+    )
     ema_decay: float = option(0.995, "decay of the averaged weights, which samples come from (0.9999 for long runs)")
     ema_decay2: float | None = option(None, "decay of a second average (JiT keeps 0.9999 and 0.9996); null for none")
-    precision: Literal["float32", "bfloat16"] = option("float32", "bfloat16 runs the model under autocast")
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32", "bfloat16 runs the model under autocast", change_on_resume="warn"
+    )
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one", change_on_resume=True)
-    compile: bool = option(False, "compile the model with torch.compile", change_on_resume=True)
+    compile: bool = option(False, "compile the model's blocks with torch.compile", change_on_resume=True)
     workers: int = option(0, "processes that load data", change_on_resume=True)
 
     log_every: int = option(20, "steps between records of the mean loss", change_on_resume=True)
@@ -77,12 +86,13 @@ class TrainConfig:
         require(self, "max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0, or null for no limit")
         require(self, "accumulation", self.accumulation <= self.batch_size, f"at most batch_size, {self.batch_size}")
 
-    def check_resumable_from(self, saved: dict[str, Any], source: Path) -> None:
+    def check_resumable_from(self, saved: dict[str, Any], source: Path, *, exactly: bool = False) -> None:
         """Refuse to continue a run under options that would make it another run.
 
         Args:
             saved: the options the run was started with, as `dataclasses.asdict` gives them.
             source: the checkpoint they were read from, for the message.
+            exactly: refuse what changes the weights, too, and is allowed with a warning (see `changes_since`).
 
         Raises:
             ValueError: naming the first option that differs and must not, and both values.
@@ -90,8 +100,18 @@ class TrainConfig:
         for spec in dataclasses.fields(self):
             now = getattr(self, spec.name)
             was = saved.get(spec.name, default_of(spec))  # what a run had before there was the option
-            if not spec.metadata["change_on_resume"] and was != now:
+            allowed = spec.metadata["change_on_resume"]
+            if was != now and (not allowed or exactly and allowed == "warn"):
                 raise ValueError(
                     f"{spec.name} is {now!r}, but {source} was written by a run with {was!r}: "
                     f"leave --{flag(spec.name)} out to resume that run, or start a new one with another --output"
                 )
+
+    def changes_since(self, saved: dict[str, Any]) -> list[str]:
+        """What a resumed run has otherwise, to get past a loss that is not finite: it goes on, but not bit for bit."""
+        names = [spec.name for spec in dataclasses.fields(self) if spec.metadata["change_on_resume"] == "warn"]
+        return [
+            f"{name} {saved[name]} -> {getattr(self, name)}"
+            for name in names
+            if name in saved and saved[name] != getattr(self, name)
+        ]

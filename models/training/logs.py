@@ -19,7 +19,8 @@ class RunLog:
 
     Args:
         folder: the run directory.
-        start_step: records after this step are dropped, because a resumed run writes them again.
+        start_step: records after this step are dropped, because a resumed run writes them again, such as the one at its
+            end, of fewer steps than the others.
     """
 
     def __init__(self, folder: Path, start_step: int = 0) -> None:
@@ -51,7 +52,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def late_error(records: Sequence[Mapping[str, Any]]) -> float:
-    """The mean squared error of the velocity over the last tenth of the steps, from the records of a run."""
+    """`mse` over the last tenth of the steps, from the records of a run.
+
+    It is the squared error of what the objective predicts: the velocity, or the noise for DDPM.
+    """
     late = [record["mse"] for record in records if record["step"] > 0.9 * records[-1]["step"]]
     return sum(late) / len(late)
 

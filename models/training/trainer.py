@@ -3,11 +3,10 @@
 import dataclasses
 import math
 import platform
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from models.data import check_labels, load_dataset, save_grid
 from models.files import write_atomically
 from models.objectives import objective_for
 from models.options import read_yaml, to_yaml
 from models.sampling import balanced_labels, check_decodable, sample_images, to_images
-from models.training.batches import ShuffledBatches
+from models.training.batches import ShuffledBatches, load_batches
 from models.training.checkpoints import (
     checkpoint_path,
     list_checkpoints,
@@ -32,9 +30,11 @@ from models.training.checkpoints import (
     save_checkpoint,
 )
 from models.training.config import TrainConfig
-from models.training.interrupt import StopOnSignal, hold_signals
+from models.training.interrupt import StopOnSignal
 from models.training.loading import (
+    check_forward,
     check_model_config,
+    check_one_process,
     load_weights,
     model_overrides,
     pick_device,
@@ -52,7 +52,12 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer step: the loss that was minimised, its flow part without auxiliary losses, the gradient's norm."""
+    """One optimizer step.
+
+    loss: what was minimised, auxiliary losses included.
+    mse: squared error of what the objective predicts: the velocity, or the noise for DDPM.
+    grad_norm: of all gradients, before they were clipped.
+    """
 
     loss: float
     mse: float
@@ -64,7 +69,8 @@ class TrainResult:
     """How a call of `Trainer.fit` ended.
 
     step: optimizer steps done since the start of the run.
-    images_per_second: training images per second of training steps in this process; sampling and writing not counted.
+    images_per_second: training images per second of all training steps in this process, the first one's compilation
+        too; sampling and writing not counted. `metrics.jsonl` has that of the steps since the record before.
     checkpoint: the one of `step`.
     ended_by: what stopped it.
     """
@@ -85,14 +91,16 @@ class Trainer:
         config: the options.
         resume: continue the run in `config.output` from its newest readable checkpoint, or from the start if it was
             stopped before the first one. On the same machine, device, thread count and versions the result is the
-            same, bit for bit, as without the stop.
+            same, bit for bit, as without the stop. Another learning rate, gradient clip or precision is taken with a
+            warning: by the same ones a run would meet the same NaN again.
 
     Raises:
-        ValueError: options, data and model do not fit together; without `resume`, the directory holds a run; with it,
-            the directory holds none, or one of another model or other options.
+        ValueError: several processes were asked for; options, data and model do not fit together; without `resume`, the
+            directory holds a run; with it, the directory holds none, or one of another model or other options.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+        check_one_process()
         self.config, self.run = config, Path(config.output)
         saved = self._find_saved(resume)
         self.device = pick_device(config.device)
@@ -101,7 +109,7 @@ class Trainer:
         )
         self.model_overrides = model_overrides(config.model_options, self.data)
 
-        self._check_forward()
+        check_forward(config.model, self.model_overrides, config.batch_size // config.accumulation)
         torch.manual_seed(config.seed)
         self.model = trainable_model(config.model, self.model_overrides).to(self.device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -120,47 +128,55 @@ class Trainer:
         check_decodable(self.model, self.data.autoencoder)
         self.step, self.checkpoint, self.sampled = 0, None, None
         self.window: list[StepStats] = []  # of the steps since the last record
+        self.times: list[float] = []  # seconds that those of them took that this process has done
         if saved:
             self._restore(*saved)
         if config.compile:
-            self.model.compile()
+            for (
+                block
+            ) in self.model.blocks:  # blocks of one kind share a compilation: seconds, where a model's is minutes
+                block.compile()
 
         self.run.mkdir(parents=True, exist_ok=True)
         write_atomically(self.run / CONFIG_FILE, lambda file: file.write(to_yaml(config).encode()))
 
     def fit(self) -> TrainResult:
         """Train until the steps are done, the time is up or a signal asks to stop; then write a checkpoint and,
-        unless it was a signal, a sample grid and the loss curve.
+        unless it was a signal, a record of the last steps, a sample grid and the loss curve.
 
         Raises:
             NonFiniteError: the loss, a gradient or a weight is NaN or infinite; nothing of that step is kept.
+            OSError, ValueError: an image can't be read; a checkpoint of the step before is left.
         """
         config, start = self.config, self.step
         deadline = math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
-        seconds, speed = 0.0, 0.0
+        seconds = 0.0
         with (
             StopOnSignal() as stop,
-            closing(RunLog(self.run, start)) as log,
+            closing(RunLog(self.run, start - len(self.window))) as log,
             self._progress_bar() as bar,
             closing(self._batches()) as batches,
         ):
             while not (ended_by := self._reason_to_end(stop, deadline)):
                 started = time.perf_counter()
-                self.window.append(self.train_step(*next(batches)))
-                seconds += time.perf_counter() - started
-                speed = (self.step - start) * config.batch_size / seconds
-                bar.set_postfix_str(f"loss {self.window[-1].loss:.4f}, {speed:.0f} images/s", refresh=False)
+                self.window.append(self.train_step(*self._next(batches)))
+                self.times.append(time.perf_counter() - started)
+                seconds += self.times[-1]
+                bar.set_postfix_str(f"loss {self.window[-1].loss:.4f}, {self._speed():.0f} images/s", refresh=False)
                 bar.update()
                 if self.step == 1 or self.step % config.log_every == 0:
-                    self._log(log, speed)
+                    self._log(log)
                 if self.step % config.checkpoint_every == 0:
                     self.save()
                 if self.step % config.sample_every == 0:
                     self.save_samples()
             self.save()
             if ended_by != "signal":
+                if self.window:  # after the checkpoint, by which a longer run writes this record anew
+                    self._log(log)
                 self.save_samples()
                 save_loss_curves(self.run / "loss.png", {config.model: read_metrics(self.run)})
+        speed = (self.step - start) * config.batch_size / seconds if seconds else 0.0
         return TrainResult(self.step, speed, self.checkpoint, ended_by)
 
     def train_step(self, images: Tensor, labels: Tensor) -> StepStats:
@@ -228,6 +244,7 @@ class Trainer:
             method=config.sample_method,
             steps=config.sample_steps,
             cfg_scale=config.sample_cfg_scale if model.null_label is not None else 1.0,
+            precision=config.precision,
         )
         images = to_images(samples.to(self.device), self.data.autoencoder)
         path = self.run / "samples" / f"step-{self.step:08d}.png"
@@ -253,14 +270,6 @@ class Trainer:
             "window": [dataclasses.astuple(stats) for stats in self.window],
             "environment": self._environment(),
         }
-
-    def _check_forward(self) -> None:
-        """Refuse, before the run directory is made, a batch whose parts the model can't take: a capacity under one."""
-        with torch.device("meta"), torch.no_grad():
-            model = trainable_model(self.config.model, self.model_overrides).train()
-            part = self.config.batch_size // self.config.accumulation
-            images = torch.empty(part, model.in_channels, model.input_size, model.input_size)
-            model(images, torch.zeros(part), torch.zeros(part, dtype=torch.int64))
 
     def _find_saved(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
         config_file = self.run / CONFIG_FILE
@@ -298,7 +307,8 @@ class Trainer:
         if self.device.type == "cuda" and state["rng"]["cuda"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"][0], self.device)
         was, now = state["environment"], self._environment()
-        changed = [f"{name} {was[name]} -> {now[name]}" for name in now if was.get(name, now[name]) != now[name]]
+        changed = self.config.changes_since(state["train_config"])
+        changed += [f"{name} {was[name]} -> {now[name]}" for name in now if was.get(name, now[name]) != now[name]]
         if changed:
             warnings.warn(f"resumed, but not bit for bit: {', '.join(changed)} since {path} was written", stacklevel=3)
 
@@ -309,27 +319,10 @@ class Trainer:
         return {**versions, **how}
 
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """From this step on, loaded by processes of their own if there are `workers`, which end when it is closed."""
-        order = ShuffledBatches(len(self.data.train), self.config.batch_size, self.config.seed, start=self.step)
-        loader = DataLoader(
-            self.data.train,
-            batch_sampler=order,
-            num_workers=self.config.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else it would draw from the global one, once per process
-            worker_init_fn=_ignore_signals,  # a start method other than fork lets go of what is held
-        )
-        with hold_signals():
-            batches = iter(loader)
-        workers = batches._workers if self.config.workers else []
-        try:
-            yield from batches
-        finally:
-            if workers:
-                batches._shutdown_workers()  # an error's traceback would keep them
-            for worker in workers:
-                if worker.is_alive():
-                    worker.kill()  # one that waits for a disk: it takes no SIGTERM
+        """From this step on."""
+        config, pin_memory = self.config, self.device.type == "cuda"
+        order = ShuffledBatches(len(self.data.train), config.batch_size, config.seed, start=self.step)
+        return load_batches(self.data.train, order, workers=config.workers, pin_memory=pin_memory)
 
     def _reason_to_end(self, stop: StopOnSignal, deadline: float) -> str | None:
         if stop.requested:
@@ -342,18 +335,31 @@ class Trainer:
         warmup = min(1.0, (self.step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
         return self.config.learning_rate * warmup
 
-    def _log(self, log: RunLog, speed: float) -> None:
-        """Record the means since the last record."""
+    def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A batch; where an image or a disk fails, a checkpoint is left before that is raised."""
+        try:
+            return next(batches)
+        except Exception:  # between two steps any of them leaves a state to go on from
+            self.save()
+            raise
+
+    def _speed(self) -> float:
+        """Images per second since the last record."""
+        return len(self.times) * self.config.batch_size / sum(self.times)
+
+    def _log(self, log: RunLog) -> None:
+        """Record the means, and the speed, since the last record."""
         means = {
             field.name: sum(getattr(stats, field.name) for stats in self.window) / len(self.window)
             for field in dataclasses.fields(StepStats)
         }
-        self.window = []
         progress = {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "epoch": self.step * self.config.batch_size / len(self.data.train),
-            "images_per_second": speed,
         }
+        if self.times:  # else an earlier process did these steps
+            progress["images_per_second"] = self._speed()
+        self.window, self.times = [], []
         log.write(self.step, {**means, **progress})
 
     def _progress_bar(self) -> Any:
@@ -364,16 +370,13 @@ class Trainer:
         return tqdm(total=total, initial=self.step, desc=self.config.model, unit="step", mininterval=interval)
 
     def _non_finite(self, what: str, step: int) -> NonFiniteError:
-        good = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
+        good = "there is no checkpoint yet: resume, which starts over,"
+        if self.checkpoint:
+            good = f"the last good checkpoint is {self.checkpoint}: resume from it"
         return NonFiniteError(
-            f"step {step}: {what}; training stopped, {good}. "
-            "Start a new run with a lower --learning-rate, a smaller --grad-clip or --precision float32"
+            f"step {step}: {what}; training stopped, {good} "
+            "with a lower --learning-rate, a smaller --grad-clip or --precision float32"
         )
-
-
-def _ignore_signals(worker: int) -> None:
-    for number in StopOnSignal.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:

@@ -59,19 +59,6 @@ def test_running_gaussian_keeps_digits_far_from_zero():
     torch.testing.assert_close(statistics.covariance, features.T.cov(), rtol=1e-6, atol=1e-6)
 
 
-def test_merged_ranks_are_one_process():
-    features = normal(90, 6)
-    whole = gaussian(features)
-    ranks = [gaussian(features[rank::3]) for rank in range(3)]
-    merged = RunningGaussian()
-    for rank in ranks:
-        merged.merge(rank)
-    merged.merge(RunningGaussian())
-    assert_same(merged, whole.mean, whole.covariance, 90, rtol=1e-12, atol=1e-12)
-    assert ranks[0].count == 30
-    torch.testing.assert_close(ranks[0].covariance, features[::3].T.cov())
-
-
 def test_running_gaussian_refuses():
     statistics = gaussian(normal(3, 4))
     for features in (normal(3, 5), normal(4), normal(0, 4)):
@@ -79,8 +66,6 @@ def test_running_gaussian_refuses():
             statistics.update(features)
     with pytest.raises(ValueError, match="NaN"):
         statistics.update(torch.full((2, 4), math.nan))
-    with pytest.raises(ValueError, match="other must be of width 4, got 3"):
-        statistics.merge(gaussian(normal(3, 3)))
     with pytest.raises(ValueError, match="at least 2 rows, got 1"):
         _ = gaussian(normal(1, 4)).covariance
     assert statistics.count == 3

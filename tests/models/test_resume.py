@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from models.train import main, parse
+from models.training.batches import ShuffledBatches
 from models.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from models.training.config import TrainConfig
 from models.training.logs import read_metrics
@@ -118,7 +120,7 @@ def test_another_environment_is_said_not_to_be_bit_for_bit(tmp_path):
     [
         ({"model": "DiT-digits"}, "model is 'DiT-digits'.*with 'DSMoE-digits'.*leave --model out"),
         ({"model_options": {"depth": 3}}, "model_options is .*'depth': 3.*leave --model-options out"),
-        ({"learning_rate": 0.5}, "learning_rate is 0.5.*with 0.001.*leave --learning-rate out"),
+        ({"beta2": 0.5}, "beta2 is 0.5.*with 0.999.*leave --beta2 out"),
         ({"batch_size": 8}, "batch_size is 8.*with 16"),
         ({"seed": 1}, "seed is 1.*with 0"),
     ],
@@ -191,6 +193,40 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     assert "error: step 2: the loss is " in error
     assert f"the last good checkpoint is {good}" in error and "--learning-rate" in error
     assert load_checkpoint(good)["step"] == 1
+
+
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["from checkpoint", "from start"])
+def test_a_run_goes_on_after_a_loss_that_is_not_finite(tmp_path, checkpoint):
+    config = tiny(tmp_path, steps=4, warmup_steps=0, learning_rate=1e30, grad_clip=None)
+    if checkpoint:
+        config = replace(config, checkpoint_every=1)
+    with pytest.raises(NonFiniteError, match="step 2: .*: resume.* with a lower --learning-rate, a smaller"):
+        Trainer(config).fit()
+    mended = replace(config, steps=3, learning_rate=1e-4, grad_clip=0.5, precision="bfloat16")
+    if not checkpoint:
+        Trainer(mended, resume=True).fit()
+        assert {record["learning_rate"] for record in read_metrics(tmp_path)} == {1e-4}
+        return
+    path, state = load_newest(tmp_path)
+    fresh = Trainer(tiny(tmp_path / "fresh", steps=1, warmup_steps=0)).state_dict()
+    weights = {name: fresh[name] for name in ("model", "ema")}  # those of the step before
+    save_checkpoint(tmp_path, {**state, **weights}, keep=1)
+    told = r"learning_rate 1e\+30 -> 0.0001, grad_clip None -> 0.5, precision float32 -> bfloat16 since"
+    with pytest.warns(UserWarning, match=f"resumed, but not bit for bit: {told}"):
+        trainer = Trainer(mended, resume=True)
+    trainer.fit()
+    assert [record["learning_rate"] for record in read_metrics(tmp_path)] == [1e30, 1e-4, 1e-4]
+    moved = max((trainer.model.state_dict()[name] - value).abs().max() for name, value in fresh["model"].items())
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-4 and moved < 1e-2, "of a rate of 1e30 nothing is left"
+
+
+def test_a_lower_learning_rate_warms_up_too(tmp_path):
+    Trainer(tiny(tmp_path, steps=2, warmup_steps=8)).fit()
+    with pytest.warns(UserWarning, match="learning_rate 0.001 -> 0.0001"):
+        trainer = Trainer(tiny(tmp_path, steps=4, warmup_steps=8, learning_rate=1e-4), resume=True)
+    trainer.fit()
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path)]
+    assert rates == pytest.approx([1e-3 / 8, 2e-3 / 8, 3e-4 / 8, 4e-4 / 8])
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
@@ -278,9 +314,55 @@ def test_an_option_that_a_run_did_not_have_is_its_default(tmp_path):
     assert Trainer(tiny(run, steps=3), resume=True).step == 2
 
 
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(one["step"], one["loss"]) for one in read_metrics(run)]
+
+
 def test_a_record_that_a_stop_divides_is_whole(tmp_path):
     Trainer(tiny(tmp_path / "straight", steps=8, log_every=4)).fit()
     Trainer(tiny(tmp_path / "parts", steps=6, log_every=4)).fit()
     Trainer(tiny(tmp_path / "parts", steps=8, log_every=4), resume=True).fit()
-    straight, parts = (read_metrics(tmp_path / name) for name in ("straight", "parts"))
-    assert [(one["step"], one["loss"]) for one in parts] == [(one["step"], one["loss"]) for one in straight]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "straight")
+
+
+def test_the_last_record_is_of_the_steps_that_are_left(tmp_path):
+    """Once: what goes on writes it anew, with the steps that it belongs to."""
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    Trainer(tiny(straight, steps=7, log_every=3)).fit()
+    assert [step for step, _ in losses(straight)] == [1, 3, 6, 7]
+    Trainer(tiny(parts, steps=5, log_every=3)).fit()
+    before = losses(parts)
+    assert [step for step, _ in before] == [1, 3, 5]
+    Trainer(tiny(parts, steps=5, log_every=3), resume=True).fit()  # there is nothing left to do
+    assert losses(parts) == before
+    Trainer(tiny(parts, steps=7, log_every=3), resume=True).fit()
+    assert losses(parts) == losses(straight)
+    assert_same(newest(straight), newest(parts))
+
+
+class Damaged(Dataset):
+    """The digits, of which one can't be read."""
+
+    def __init__(self, images, bad):
+        self.images, self.bad = images, bad
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if index == self.bad:
+            raise ValueError("the image 7.png can't be read")
+        return self.images[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_damaged_ends_a_run_with_a_checkpoint(tmp_path, workers):
+    Trainer(tiny(tmp_path / "straight", steps=5)).fit()
+    stopped = Trainer(tiny(tmp_path / "stopped", steps=5, workers=workers))
+    order = iter(ShuffledBatches(len(stopped.data.train), 16, stopped.config.seed, start=3))
+    stopped.data = replace(stopped.data, train=Damaged(stopped.data.train, next(order)[0]))
+    with pytest.raises(ValueError, match=r"7\.png can't be read"):
+        stopped.fit()
+    assert load_newest(tmp_path / "stopped")[1]["step"] == 3
+    Trainer(stopped.config, resume=True).fit()
+    assert_same(newest(tmp_path / "straight"), newest(tmp_path / "stopped"))

@@ -36,7 +36,7 @@ def test_a_signal_ends_cleanly_with_a_checkpoint(signal_number, workers, tmp_pat
     os.killpg(process.pid, signal_number)
     out, _ = process.communicate(timeout=60)
 
-    assert process.returncode == 0
+    assert process.returncode == 130
     path, state = load_newest(run)
     assert state["step"] == read_metrics(run)[-1]["step"] >= 1
     assert f"ended by signal; newest checkpoint {path}" in out

@@ -1,16 +1,21 @@
 """Training: a run learns, leaves what it promises, takes its options from one place and refuses bad ones."""
 
+import copy
 import importlib
+import pickle
 import re
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from models.options import flag, to_yaml
+from models.sampling import sample_images
 from models.train import main, notes, parse
 from models.training.batches import ShuffledBatches
 from models.training.checkpoints import list_checkpoints
@@ -325,3 +330,55 @@ def test_the_late_error_is_that_of_the_last_tenth_of_the_steps():
     records = [{"step": step, "mse": float(step)} for step in (1, 5, 10, 60, 90, 95, 100)]
     assert late_error(records) == 97.5
     assert late_error(records[:1]) == 1.0
+
+
+def test_a_record_has_the_speed_of_its_own_steps(tmp_path, monkeypatch):
+    """The first step is slow, as where it compiles."""
+    clock = iter([0.0, 100.0, *range(200, 300)])
+    monkeypatch.setattr(
+        "models.training.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=time.monotonic)
+    )
+    result = Trainer(tiny(tmp_path / "run", steps=5, log_every=2)).fit()
+    assert [record["images_per_second"] for record in read_metrics(tmp_path / "run")] == [16 / 100, 16, 16, 16]
+    assert result.images_per_second == 5 * 16 / 104
+
+
+def test_sample_grids_are_drawn_in_the_precision_of_the_run(tmp_path, monkeypatch):
+    drawn = []
+
+    def sample(model, labels, *, precision="float32", **options):
+        drawn.append(precision)
+        return sample_images(model, labels, precision=precision, **options)
+
+    monkeypatch.setattr("models.training.trainer.sample_images", sample)
+    for precision in ("float32", "bfloat16"):
+        Trainer(tiny(tmp_path / precision, precision=precision)).save_samples()
+    assert drawn == ["float32", "bfloat16"]
+
+
+def test_blocks_are_compiled_one_by_one(tmp_path, monkeypatch):
+    """As they are timed; what is saved, copied and averaged knows nothing of it."""
+    compiled, compile = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self) or compile(self, backend="aot_eager"))
+    trainer = Trainer(tiny(tmp_path / "run", steps=2, compile=True))
+    assert compiled == list(trainer.model.blocks)
+    trainer.fit()
+    plain = Trainer(tiny(tmp_path / "plain", steps=2))
+    assert trainer.model.state_dict().keys() == plain.model.state_dict().keys()
+    plain.fit()
+    losses = [[record["loss"] for record in read_metrics(tmp_path / name)] for name in ("run", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert copy.deepcopy(trainer.model).state_dict().keys() == trainer.model.state_dict().keys()
+    assert pickle.loads(pickle.dumps(trainer.averages["ema"].module)).config == trainer.model.config
+    with pytest.warns(UserWarning, match="compile True -> False"):
+        resumed = Trainer(tiny(tmp_path / "run", steps=3), resume=True)
+    assert resumed.fit().step == 3 and len(compiled) == len(trainer.model.blocks)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 8, .*in one process: start .* without torchrun"):
+        Trainer(tiny(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    Trainer(tiny(tmp_path / "run"))
