@@ -34,7 +34,7 @@ def find_nvcc() -> str | None:
 
 
 def pure(reason: str) -> list[Extension]:
-    """One line that says so."""
+    """Prints why the build is pure Python; no extension."""
     print(f"diffmoe-kernels: pure Python, {reason}", file=sys.stderr)
     return []
 

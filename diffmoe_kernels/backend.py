@@ -1,11 +1,12 @@
 """Which implementation of an op runs.
 
 ``"reference"`` is the definition, plain PyTorch that anyone can check. ``"torch"`` is PyTorch's own fast path
-(``grouped_mm``, SDPA), without a host sync, but that ``grouped_mm`` waits for the device in other dtypes than bfloat16
-and on other GPUs than Hopper and Blackwell. ``"triton"`` and ``"cuda"`` are this project's kernels. ``"auto"`` takes
-what was measured fastest for the device, dtype and shape (`diffmoe_kernels.measured`), else PyTorch's own, on a GPU
-unless that waits for the device or can't run; the reference where nothing else can. An explicit choice that can't run
-raises and says why.
+(``grouped_mm``, SDPA; in `ops.experts` on a GPU with Triton with this project's kernels between the products). It does
+not synchronize with the host, except that ``grouped_mm`` does in other dtypes than bfloat16 and on other GPUs than
+Hopper and Blackwell. ``"triton"`` and ``"cuda"`` are this project's kernels. ``"auto"`` takes what was measured fastest
+for the device, dtype and shape (`diffmoe_kernels.measured`); without a measurement PyTorch's own way, or this project's
+kernel where that can't run or would synchronize; the reference where nothing else runs. An explicit choice that can't
+run raises NotImplementedError and says why.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels import cuda_support
-from diffmoe_kernels.checks import autocast_is_on, autocast_off
+from diffmoe_kernels.checks import autocast_is_on, autocast_off, check_choice
 from diffmoe_kernels.cuda_support import why_not_cuda
-from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED, why_not_triton
+from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED, NO_TRITON, why_not_triton
 
 Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -35,27 +36,25 @@ class Implementation:
     Attributes:
         function: computes it.
         why_not: returns why the function can't run on the arguments, or None.
-        automatic: whether "auto" may take it, or a function of the arguments that tells: see `measured.fastest`.
+        automatic: returns whether "auto" may take it for the arguments: see `measured.fastest`.
     """
 
     function: Callable[..., Any]
     why_not: Callable[..., str | None] = lambda *args, **kwargs: None
-    automatic: bool | Callable[..., bool] = True
+    automatic: Callable[..., bool] = lambda *args, **kwargs: True
 
     def taken_by_auto(self, *args: Any, **kwargs: Any) -> bool:
-        automatic = self.automatic if isinstance(self.automatic, bool) else self.automatic(*args, **kwargs)
-        return automatic and self.why_not(*args, **kwargs) is None
+        return self.automatic(*args, **kwargs) and self.why_not(*args, **kwargs) is None
 
 
-def plain(function: Callable[..., Any]) -> dict[str, Implementation]:
+def pytorch_only(function: Callable[..., Any]) -> dict[str, Implementation]:
     """The implementations of an op whose definition PyTorch runs without a host sync: it is the "torch" backend too."""
     return {name: Implementation(function) for name in ("torch", "reference")}
 
 
 def check_backend(backend: str) -> str:
     """Returns ``backend``; raises ValueError where it is not a backend's name."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     return backend
 
 
@@ -102,7 +101,7 @@ def available_backends() -> dict[str, str]:
 
 def _triton_status() -> str:
     if not HAS_TRITON:
-        return "not available: triton is not installed: pip install triton"
+        return f"not available: {NO_TRITON}"
     if torch.cuda.is_available():
         return "available"
     return "available: interpreted on the CPU" if INTERPRETED else "not available: there is no CUDA device"

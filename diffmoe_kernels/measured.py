@@ -3,8 +3,8 @@
 The table is ``measured.json``: rows of an op, a compute capability, a shape class, whether under torch.compile, the
 fastest backend, and the figures that say so with the file of results they are from. ``python -m benchmarks.prefer
 results.json`` writes it. Where PyTorch's way was timed compiled, that is what a kernel has to beat under torch.compile.
-What is not in it was not measured, and "auto" passes over a kernel there, unless PyTorch's own way would wait for the
-device. (The "torch" backend of `experts` has our kernels between its products whatever the table says.)
+What is not in it was not measured, and "auto" passes over a kernel there, unless PyTorch's own way would synchronize
+with the host. (The "torch" backend of `experts` has our kernels between its products whatever the table says.)
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ TABLE = load()
 
 
 def fastest(
-    op: str, backend: str, shape_class: Callable[..., str], *, rival_loses: Callable[..., bool] | None = None
+    op: str, backend: str, shape_class: Callable[..., str], *, torch_is_unsuitable: Callable[..., bool] | None = None
 ) -> Callable[..., bool]:
-    """Whether ``backend`` was measured fastest for an op's arguments, as `Implementation.automatic` asks.
+    """A predicate for `Implementation.automatic`: was ``backend`` measured fastest for an op's arguments?
 
     Args:
         op: its name in the table.
         backend: the implementation's.
         shape_class: of the op's arguments.
-        rival_loses: of the op's arguments, whether PyTorch's way can't run or waits for the device, and so loses
-            unmeasured.
+        torch_is_unsuitable: of the op's arguments, whether PyTorch's way can't run or synchronizes with the host,
+            and so loses unmeasured.
     """
 
     def automatic(first: Tensor, *args: object, **options: object) -> bool:
         capability = capability_of(first.device)
         if capability is None:
             return False
-        if rival_loses is not None and rival_loses(first, *args, **options):
+        if torch_is_unsuitable is not None and torch_is_unsuitable(first, *args, **options):
             return True
         found = shape_class(first, *args, **options)
         return TABLE.get((op, capability, found, torch.compiler.is_compiling())) == backend

@@ -24,8 +24,8 @@ from torch.library import Library
 
 from diffmoe_kernels.version import __version__
 
-# Of the operators: torch.compile keeps backward graphs on disk by the operators in the forward one alone. So what
-# torch.export saved, and a checkpointing policy that names operators, is of one release.
+# The overload's name has the version: torch.compile's cache on disk knows a backward graph by the forward's operators
+# alone. So what torch.export saved, and a checkpointing policy that names operators, is of one release.
 OVERLOAD = "v" + re.sub(r"\W", "_", __version__)
 _LIBRARIES: dict[str, Library] = globals().get("_LIBRARIES", {})  # a module that is reloaded defines its operators anew
 _dynamo = torch._C._dynamo.eval_frame.get_eval_frame_callback
@@ -37,8 +37,8 @@ _profiler_is_on = torch._C._autograd._profiler_enabled
 class Operator:
     """The operator ``diffmoe_kernels::<name>``, which writes to none of its arguments.
 
-    Called in eager mode it goes to its function at once, unless something looks at operators: a compiler or a graph
-    that it broke, a mode, a subclass of tensors, a transform, a profiler, a tracer. Those meet ``overload``.
+    Called eagerly it runs its function directly, unless something must intercept the operator: a compiler or a graph
+    that it broke, a mode, a subclass of tensors, a functorch transform, a profiler, a tracer. Those meet ``overload``.
 
     Attributes:
         overload: as the dispatcher knows it.
@@ -109,7 +109,7 @@ class Operator:
             return self.overload(*args)
 
     def _unobserved(self, args: tuple[Any, ...]) -> bool:
-        """Whether nothing that looks at operators would see one with these arguments."""
+        """Whether nothing would intercept an operator with these arguments."""
         types = tuple(map(type, args))
         if types not in self._tensors_at:
             self._tensors_at[types] = self._find_tensors(types)
@@ -118,7 +118,7 @@ class Operator:
             return False
         for place in places:
             tensor = args[place]
-            # Those have another kernel, or their memory is not what they are.
+            # The dispatcher has another kernel for these, or their memory does not hold their values.
             if tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor():
                 return False
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -223,6 +224,15 @@ def _count(values: Tensor, num_values: int) -> Tensor:
 def _exclusive_offsets(counts: Tensor) -> Tensor:
     """(T,) counts -> (T + 1,) int32 offsets that begin with 0."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def empty_fields(make: Callable[..., Tensor], num_rows: int, num_tokens: int, num_experts: int) -> tuple[Tensor, ...]:
+    """What kernels write: the fields of a `Routing`, the gates first, as opcheck wants a floating first output.
+
+    make: a tensor's ``new_empty`` or ``new_zeros``.
+    """
+    integers = (num_rows, num_experts, num_tokens + 1, num_rows)
+    return make(num_rows, dtype=torch.float32), *(make(length, dtype=torch.int32) for length in integers)
 
 
 def check_rows(num_rows: int) -> None:

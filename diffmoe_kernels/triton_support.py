@@ -17,6 +17,7 @@ if HAS_TRITON:
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = HAS_TRITON and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, for tests
+NO_TRITON = "Triton 3.6 or newer is not installed: pip install 'triton>=3.6'"
 PROGRAMS = 8  # a multiprocessor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def why_not_triton(tensor: Tensor, *, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
     """Why no Triton kernel can run on this tensor, or None."""
     if not HAS_TRITON:
-        return "triton is not installed: pip install triton"
+        return NO_TRITON
     return why_no_kernel(tensor, dtypes=dtypes, on_cpu=INTERPRETED)
 
 
@@ -66,12 +67,14 @@ def device_name() -> str:
 
 
 def num_programs(num_tiles: int, like: Tensor) -> int:
-    """How many programs share ``num_tiles`` tiles on a tensor's device: enough that the last to end do not count."""
+    """How many programs share ``num_tiles`` tiles on a tensor's device: enough that the tail is negligible."""
     return min(num_tiles, PROGRAMS * multiprocessors(like.device))
 
 
 def describe(*tiles: tuple[Tensor, tuple[int, ...]]) -> list[TensorDescriptor] | None:
-    """Descriptors of tensors and their tiles; None where one's layout has none: inner stride 1, all else 16 bytes."""
+    """Descriptors of tensors and their tiles; None where a layout allows none: it wants an inner stride of 1, and
+    addresses and other strides of whole 16 bytes.
+    """
     for tensor, block in tiles:
         strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
         if tensor.stride(-1) != 1 or any(one % 16 or one == 0 for one in (*strides, tensor.data_ptr() or 16)):

@@ -144,7 +144,7 @@ def format_table(rows: Sequence[Row]) -> str:
             f"{row.loss:.4f}",
             f"{row.scores.digits_fd:.2f}",
             f"{row.scores.floor:.2f}",
-            f"{row.scores.kid:.3f} ± {row.scores.kid_error:.3f}",
+            f"{row.scores.kid:.3f} (s.d. {row.scores.kid_error:.3f})",
             f"{row.scores.share_nearer_than_holdout:.0%}",
         ]
         for row in rows

@@ -89,7 +89,7 @@ def _fid_rows(scores: FidScores) -> list[tuple[str, str, str]]:
         rows.append(("sFID", f"{scores.sfid:.3f}", "the same of spatial features"))
     rows.append(("Inception Score", f"{scores.inception_score:.3f}", "mean over splits of 5000; higher is better"))
     if scores.kid is not None:
-        rows.append(("KID", f"{scores.kid:.5f}", f"plus or minus {scores.kid_error:.5f}; lower is better"))
+        rows.append(("KID", f"{scores.kid:.5f}", f"lower is better; s.d. of subsets {scores.kid_error:.5f}"))
     else:
         rows.append(("KID", "-", "needs single images, and the reference has none (arr_0), only their statistics"))
     return rows
@@ -99,7 +99,7 @@ def _digits_rows(scores: Scores) -> list[tuple[str, str, str]]:
     rows = [
         ("digits-FD", f"{scores.digits_fd:.3f}", f"{scores.num_samples} samples against the held-out images; lower"),
         ("floor", f"{scores.floor:.3f}", "as many training images against the held-out images"),
-        ("KID", f"{scores.kid:.4f}", f"plus or minus {scores.kid_error:.4f}; kernel distance of the same features"),
+        ("KID", f"{scores.kid:.4f}", f"kernel distance of the same features; s.d. of subsets {scores.kid_error:.4f}"),
         ("KID floor", f"{scores.kid_floor:.4f}", "of the training images that the floor takes"),
         ("nearest training image", f"{scores.nearest_train_distance:.3f}", "median distance in pixels; 0 is a copy"),
         ("  of held-out images", f"{scores.nearest_train_distance_holdout:.3f}", "what fresh real images have"),

@@ -66,5 +66,5 @@ def test_fake_tensors_on_a_gpu_that_is_not_there():
         for backend in KERNEL_BACKENDS:
             ends, rows, gates = (torch.empty(4, device="cuda", dtype=one) for one in (torch.int32, torch.int32, None))
             routing = Routing(rows, gates, ends, torch.empty(5, device="cuda", dtype=torch.int32), rows)
-            with pytest.raises(NotImplementedError, match="there is no CUDA device|not built|triton is not installed"):
+            with pytest.raises(NotImplementedError, match="there is no CUDA device|not built|is not installed"):
                 ops.permute(torch.empty(4, 8, device="cuda"), routing, backend=backend)

@@ -51,14 +51,30 @@ def one_classifier():
         yield
 
 
-def test_the_interval_is_welchs():
-    ttest = pytest.importorskip("scipy.stats").ttest_ind
-    for a, b in [([1.0, 1.2, 0.9], [0.5, 0.6, 0.9]), ([3.0, 3.1], [2.0, 2.4, 2.2, 2.1])]:
-        expected = ttest(a, b, equal_var=False).confidence_interval(0.95)
-        found = compare(a, b)
-        assert found.difference == pytest.approx(np.mean(a) - np.mean(b))
+def by_seed(distances):
+    return dict(enumerate(distances))
+
+
+def test_the_interval_is_of_pairs():
+    ttest = pytest.importorskip("scipy.stats").ttest_rel
+    for a, b in [([1.0, 1.2, 0.9], [0.5, 0.6, 0.9]), ([3.0, 3.1, 2.7, 2.9], [2.0, 2.4, 2.2, 2.1])]:
+        expected = ttest(a, b).confidence_interval(0.95)
+        found = compare(by_seed(a), by_seed(b))
+        assert found.difference == pytest.approx(np.mean(a) - np.mean(b)) and found.seeds == len(a)
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-        assert found.standard_error == pytest.approx(math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)))
+        assert found.standard_error == pytest.approx(np.std(np.subtract(a, b), ddof=1) / math.sqrt(len(a)))
+
+
+def test_pairs_are_of_one_seed():
+    """In whatever order they come; a seed that one of them lacks says nothing."""
+    found = compare({2: 1.3, 0: 1.0, 7: 9.0}, {0: 0.5, 1: 8.0, 2: 0.6})
+    assert found.seeds == 2 and found.difference == pytest.approx(0.6)
+
+
+def test_what_a_seed_does_to_both_is_no_difference_of_the_models():
+    """Far apart between seeds, and always worse by about as much."""
+    found = compare(by_seed([1.60, 1.87, 1.88]), by_seed([1.39, 1.62, 1.57]))
+    assert found.verdict == "worse" and (found.low, found.high) == pytest.approx((0.131, 0.382), abs=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -72,17 +88,16 @@ def test_the_interval_is_welchs():
     ],
 )
 def test_verdicts(values, baseline, verdict):
-    assert compare(values, baseline).verdict == verdict
+    assert compare(by_seed(values), by_seed(baseline)).verdict == verdict
 
 
 def test_three_seeds_tell_no_small_difference():
-    """Between means one standard deviation apart no three seeds decide."""
-    found = compare([0.9, 1.0, 1.1], [1.0, 1.1, 1.2])
-    assert found.verdict == "level" and found.resolution == pytest.approx(2.776 * 0.1 * math.sqrt(2 / 3), rel=1e-3)
+    found = compare(by_seed([0.9, 1.0, 1.1]), by_seed([1.0, 1.2, 1.1]))
+    assert found.verdict == "level" and found.resolution == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
 
 
 def test_one_seed_has_no_spread():
-    assert compare([0.5], [0.6, 0.7]) is None and compare([0.5, 0.6], []) is None
+    assert compare({0: 0.5}, {0: 0.6, 1: 0.7}) is None and compare({0: 0.5, 1: 0.6}, {}) is None
     assert spread([0.5]) is None and spread([0.5, 0.7]) == pytest.approx(0.1 * math.sqrt(2))
 
 
@@ -150,16 +165,18 @@ DIGITS_SCORE = {"floor": 0.37, "kid": 0.01, "kid_error": 0.12, "kid_floor": -0.0
 
 
 def test_the_report_of_digits():
-    dense = result("DiT-digits", [0.70, 0.72, 0.74], **DIGITS_SCORE)
+    dense = result("DiT-digits", [0.70, 0.71, 0.75], **DIGITS_SCORE)
     moe = result("DSMoE-digits", [0.50, 0.51, 0.52], **DIGITS_SCORE)
     lines = format_report([dense, moe], "digits-FD").splitlines()
     assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == [
         *("DSMoE-digits", "1.00 M", "2.00 M", "30", "3", "0.5000 ± 0.1000", "0.51 ± 0.01"),
-        *("0.37", "0.010 ± 0.120", "-0.030", "45%"),
+        *("0.37", "0.010 (s.d. 0.120)", "-0.030", "45%"),
     ]
     (verdict,) = (line for line in lines if line.startswith("- "))
-    assert verdict.startswith("- DSMoE-digits against DiT-digits: **better**, beyond the spread of the seeds.")
-    assert "mean digits-FD differs by -0.21, standard error 0.01, 95% interval -0.2" in verdict
+    assert verdict.startswith("- DSMoE-digits against DiT-digits: **better**, the interval excludes 0.")
+    assert (
+        "Over 3 pairs of runs of one seed digits-FD differs by -0.21, standard error 0.01, 95% interval -0.2" in verdict
+    )
     assert comparisons([dense, moe])["DSMoE-digits"].difference == pytest.approx(-0.21)
 
 
@@ -168,8 +185,8 @@ def test_a_report_of_level_models_says_what_would_have_shown():
         [result("DiT-digits", [0.7, 0.8], **DIGITS_SCORE), result("DSMoE-digits", [0.75, 0.8], **DIGITS_SCORE)],
         "digits-FD",
     )
-    assert "**level**, within the spread of the seeds" in report
-    assert "from 2 seeds a difference below 0." in report
+    assert "**level**, the interval contains 0" in report
+    assert "a difference below 0." in report
 
 
 def test_one_seed_gets_no_verdict():

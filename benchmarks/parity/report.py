@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.parity.scoring import Score
@@ -19,16 +19,18 @@ PUBLISHED = {
     "JiTMoE-B/16-E16": 4.23,
 }
 NOT_MEASURED = "not measured"
-NOTES = """Behind ± is the standard deviation over the seeds, of weights, data order, training noise and samples alike;
-with KID that between the subsets that it is a mean of, averaged over the seeds.
+NOTES = """Behind ± is the standard deviation over the seeds, of weights, data order, training noise and samples alike.
+The intervals are of paired differences, each at 95% by itself: among many comparisons one may be wrong.
 loss: mean squared error of the velocity over the last tenth of training; between objectives it does not compare."""
 NOTES_OF_DIGITS = """digits-FD: Frechet distance of 500 samples to the 500 held-out images, lower is better. Its
 features are a small classifier's: it is not FID. floor: of 500 training images, what a perfect model of them reaches.
-KID: kernel distance of the same features, mean of the seeds, with its error between subsets; 0 is best.
+KID: kernel distance of the same features, mean of the seeds; 0 is best. s.d.: between the random subsets that it is a
+mean of, which overlap: no standard error.
 nearer to training images: share of samples nearer to one than the median held-out image is; 50% is fresh."""
 NOTES_OF_FID = """FID by DiT's protocol, lower is better. The .npz of every run is what the ADM evaluator reads.
 published: FID-50K of 256x256 ImageNet as the DSMoE and JiTMoE authors report it (github.com/yhlleo/EfficientMoE), the
-latent models at guidance 1 after 700,000 steps, JiT and JiTMoE guided within an interval after 200 epochs."""
+latent models at guidance 1 after 700,000 steps, DiffMoE as they reproduced it. JiT and JiTMoE are guided within an
+interval after 200 epochs and measured against other statistics: do not compare those with what is measured here."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,13 @@ class ModelResult:
     seeds: tuple[SeedResult, ...]
 
     @property
-    def distances(self) -> list[float]:
-        """Of the seeds; empty where nothing measured them."""
-        return [seed.score.distance for seed in self.seeds if seed.score.distance is not None]
+    def distances(self) -> dict[int, float]:
+        """By seed; empty where nothing measured them."""
+        return {seed.seed: seed.score.distance for seed in self.seeds if seed.score.distance is not None}
 
 
 def comparisons(results: Sequence[ModelResult]) -> dict[str, Comparison | None]:
-    """Of each model with a baseline, by its name; None where one seed, or none that was measured, tells no spread."""
+    """Of each model with a baseline, by its name; None where fewer than two seeds of both were measured."""
     by_name = {result.model: result for result in results}
     return {
         result.model: compare(result.distances, by_name[result.baseline].distances)
@@ -86,9 +88,15 @@ def _digits_table(results: Sequence[ModelResult], distance: str) -> str:
     rows = []
     for result in results:
         scores = [seed.score for seed in result.seeds]
-        kid, error = (_mean(scores, lambda score, name=name: getattr(score, name)) for name in ("kid", "kid_error"))
-        nearer = _mean(scores, lambda score: score.share_nearer)
-        row = [f"{scores[0].floor:.2f}", f"{kid:.3f} ± {error:.3f}", f"{scores[0].kid_floor:.3f}", f"{nearer:.0%}"]
+        kid, deviation, nearer = (
+            statistics.mean(getattr(score, name) for score in scores) for name in ("kid", "kid_error", "share_nearer")
+        )
+        row = [
+            f"{scores[0].floor:.2f}",
+            f"{kid:.3f} (s.d. {deviation:.3f})",
+            f"{scores[0].kid_floor:.3f}",
+            f"{nearer:.0%}",
+        ]
         rows.append([*_cells(result), *row])
     return markdown_table(heading, rows)
 
@@ -98,7 +106,9 @@ def _fid_table(results: Sequence[ModelResult], distance: str) -> str:
     rows = []
     for result in results:
         scores = [seed.score for seed in result.seeds]
-        inception = f"{_mean(scores, lambda s: s.inception_score):.1f}" if result.distances else NOT_MEASURED
+        inception = NOT_MEASURED
+        if result.distances:
+            inception = f"{statistics.mean(score.inception_score for score in scores):.1f}"
         rows.append([*_cells(result), inception, _published(result.model)])
     trained = {result.model for result in results}
     for model in PUBLISHED:
@@ -119,7 +129,7 @@ def _cells(result: ModelResult) -> list[str]:
         f"{result.steps}",
         f"{len(result.seeds)}",
         _with_spread([seed.loss for seed in result.seeds], 4),
-        _with_spread(result.distances, 2),
+        _with_spread(list(result.distances.values()), 2),
     ]
 
 
@@ -134,10 +144,6 @@ def _published(model: str) -> str:
     return f"{PUBLISHED[model]:.2f}" if model in PUBLISHED else ""
 
 
-def _mean(scores: Sequence[Score], value: Callable[[Score], float]) -> float:
-    return statistics.mean(map(value, scores))
-
-
 def _verdicts(results: Sequence[ModelResult], distance: str) -> list[str]:
     by_name = {result.model: result for result in results}
     lines = []
@@ -147,24 +153,24 @@ def _verdicts(results: Sequence[ModelResult], distance: str) -> list[str]:
         if not (result.distances and baseline.distances):
             lines.append(f"{start}{NOT_MEASURED}.")
         elif comparison is None:
-            difference = result.distances[0] - baseline.distances[0]
+            difference = statistics.mean(result.distances.values()) - statistics.mean(baseline.distances.values())
             lines.append(
                 f"{start}no verdict. {distance} differs by {difference:+.2f}, but one seed tells no spread: "
                 "it takes two at least, --seeds 3."
             )
         else:
-            lines.append(f"{start}{_verdict(comparison, distance, min(len(result.seeds), len(baseline.seeds)))}")
+            lines.append(f"{start}{_verdict(comparison, distance)}")
     return lines
 
 
-def _verdict(comparison: Comparison, distance: str, seeds: int) -> str:
+def _verdict(comparison: Comparison, distance: str) -> str:
     numbers = (
-        f"mean {distance} differs by {comparison.difference:+.2f}, standard error {comparison.standard_error:.2f}, "
-        f"95% interval {comparison.low:+.2f} to {comparison.high:+.2f}"
+        f"Over {comparison.seeds} pairs of runs of one seed {distance} differs by {comparison.difference:+.2f}, "
+        f"standard error {comparison.standard_error:.2f}, 95% interval {comparison.low:+.2f} to {comparison.high:+.2f}"
     )
     if comparison.verdict == "level":
         return (
-            f"**level**, within the spread of the seeds. The {numbers}; "
-            f"from {seeds} seeds a difference below {comparison.resolution:.2f} can't be told from none."
+            f"**level**, the interval contains 0. {numbers}; a difference below {comparison.resolution:.2f} could not "
+            "have been shown."
         )
-    return f"**{comparison.verdict}**, beyond the spread of the seeds. The {numbers}."
+    return f"**{comparison.verdict}**, the interval excludes 0. {numbers}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,28 +15,30 @@ Verdict = Literal["better", "level", "worse"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference of two means of distances, of which lower is better, and what it is worth.
+    """How a model's distances, of which lower is better, differ from its baseline's, seed by seed.
 
-    difference: of the means, negative where the model is the better one.
-    standard_error: of the difference, from the spread over the seeds of both.
-    low, high: ends of its 95 % interval (Welch's t interval).
+    difference: mean over the seeds, negative where the model is the better one.
+    standard_error: of that mean, from the spread of the differences.
+    low, high: ends of its 95 % interval, Student's t of paired samples.
+    seeds: how many pairs there are.
     """
 
     difference: float
     standard_error: float
     low: float
     high: float
+    seeds: int
 
     @property
     def verdict(self) -> Verdict:
-        """ "level" where the interval holds 0: the seeds alone make as much of a difference."""
+        """ "level" where the interval contains 0: no difference was shown."""
         if self.low <= 0 <= self.high:
             return "level"
         return "better" if self.high < 0 else "worse"
 
     @property
     def resolution(self) -> float:
-        """How large a difference would have to be to be told from none."""
+        """Half the interval's width: what a difference must exceed to be shown."""
         return (self.high - self.low) / 2
 
 
@@ -45,20 +47,18 @@ def spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def compare(values: Sequence[float], baseline: Sequence[float]) -> Comparison | None:
-    """Distances of a model's seeds against those of its baseline's; None where either has fewer than two.
+def compare(values: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison | None:
+    """A model's distances by seed against its baseline's; None where they have fewer than two seeds in common.
 
-    Source: B. Welch, "The generalization of Student's problem when several different population variances are
-    involved" (1947).
+    Runs of one seed see the same batches in the same order and sample from the same noise, which moves both alike: so
+    they are compared in pairs (Student, "The probable error of a mean", 1908).
     """
-    if min(len(values), len(baseline)) < 2:
+    pairs = [(values[seed], baseline[seed]) for seed in sorted(values.keys() & baseline.keys())]
+    if len(pairs) < 2:
         return None
     from scipy.stats import t  # comes with scikit-learn
 
-    parts = [statistics.variance(each) / len(each) for each in (values, baseline)]
-    difference, error = statistics.mean(values) - statistics.mean(baseline), math.sqrt(sum(parts))
-    if error == 0:
-        return Comparison(difference, 0.0, difference, difference)
-    shares = [part**2 / (len(each) - 1) for part, each in zip(parts, (values, baseline), strict=True)]
-    reach = error * float(t.ppf((1 + CONFIDENCE) / 2, sum(parts) ** 2 / sum(shares)))
-    return Comparison(difference, error, difference - reach, difference + reach)
+    differences = [value - base for value, base in pairs]
+    difference, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(pairs))
+    reach = error * float(t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1))
+    return Comparison(difference, error, difference - reach, difference + reach, len(pairs))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Float32Buffers(nn.Module):
-    """A module whose own buffers stay float32: in bfloat16 0.3 would not feel an update of 0.001."""
+    """A module whose own buffers stay float32: in bfloat16 0.5 + 0.001 is still 0.5."""
 
     def _apply(self, fn, recurse=True):
         before = dict(self.named_buffers(recurse=False))
@@ -19,7 +19,7 @@ class Float32Buffers(nn.Module):
         return self
 
     def assign_buffer(self, name: str, value: Tensor) -> None:
-        """Gives a buffer a float32 value: in place, where a CUDA graph looks for it, unless it was loaded in half."""
+        """Sets a buffer: in place, so that captured CUDA graphs see it, unless it was loaded in half precision."""
         buffer = getattr(self, name)
         if buffer.dtype == value.dtype:
             buffer.copy_(value)

@@ -26,11 +26,11 @@ POOLS = ("batch", "sample")
 
 @dataclass(frozen=True, eq=False)
 class ExpertChoiceAux:
-    """What one forward of an `ExpertChoiceMoE` layer tells about itself.
+    """Statistics of one forward of an `ExpertChoiceMoE` layer.
 
     Attributes:
         expert_load: (E,) float32, how many tokens each expert took.
-        num_dropped: () int64, tokens that the bound on the predicted capacity dropped.
+        num_dropped: () int64, routed rows (a token at an expert) that the bound on the predicted capacity dropped.
         loss: () float32, the capacity predictor's loss, in training with a predictor; else None.
         capacity_quantile: (E,) float32, the prediction that an expert's last chosen place corresponds to, in training
             with a predictor; else None.

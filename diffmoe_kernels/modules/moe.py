@@ -43,7 +43,7 @@ _BALANCE = {None: Balance(), "bias": Balance(bias_rate=1e-3), "loss": Balance(lo
 
 @dataclass(frozen=True, eq=False)
 class MoEAux:
-    """What one forward of a `MoE` layer tells about itself.
+    """Statistics of one forward of a `MoE` layer.
 
     Attributes:
         expert_load: (E,) float32, how many tokens chose each expert, before any drop.

@@ -100,7 +100,8 @@ def test_evaluate_gives_fid_where_it_has_inception_and_a_reference(fid_words, tm
     assert f"FID                     {scores['fid']:8.3f}   40 samples" in table
     assert f"sFID                    {scores['sfid']:8.3f}" in table
     assert f"Inception Score         {scores['inception_score']:8.3f}" in table
-    assert f"KID                     {scores['kid']:8.5f}   plus or minus {scores['kid_error']:.5f}" in table
+    assert f"KID                     {scores['kid']:8.5f}   lower is better; s.d." in table
+    assert f"of subsets {scores['kid_error']:.5f}" in table
     assert "digits" not in table
 
 

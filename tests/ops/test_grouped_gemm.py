@@ -289,7 +289,7 @@ def test_where_grouped_mm_waits_auto_takes_the_kernels(monkeypatch, capability, 
     for module in (_torch, measured):
         monkeypatch.setattr(module, "capability_of", lambda device: capability)
     x, w, offs = torch.zeros(8, 16, dtype=dtype), torch.zeros(1, 16, 16, dtype=dtype), torch.tensor([8]).int()
-    assert _torch.waits(x) is expected
+    assert _torch.syncs_with_host(x) is expected
     if HAS_TRITON:
         implementations = ops.grouped_gemm.__globals__["_IMPLEMENTATIONS"]
         assert implementations["triton"].automatic(x, w, offs, None) is expected

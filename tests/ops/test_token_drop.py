@@ -237,7 +237,7 @@ S, THR, INT = torch.zeros(12, 3), torch.zeros(3), torch.zeros(12, 3, dtype=torch
         (ValueError, r"topk_ids: expected shape \(T, K\)", lambda: ops.token_choice_drop(INT[0], S[0], 3, 1)),
         (ValueError, r"drop_scores: expected shape \(12, 3\)", lambda: ops.token_choice_drop(INT, S[:, :2], 3, 1)),
         (ValueError, "different devices", lambda: ops.token_choice_drop(INT, S.to("meta"), 3, 1)),
-        (ValueError, "expert_capacity: expected 0 or more, got -1", lambda: ops.token_choice_drop(INT, S, 3, -1)),
+        (ValueError, "expert_capacity: expected at least 0, got -1", lambda: ops.token_choice_drop(INT, S, 3, -1)),
         (ValueError, "num_experts: expected at least 1, got 0", lambda: ops.token_choice_drop(INT, S, 0, 1)),
         (TypeError, "expert_capacity: expected an integer, got 2.0", lambda: ops.token_drop(S, 2.0)),
         (TypeError, "num_pools: expected an integer, got 2.0", lambda: ops.token_drop(S, 2, num_pools=2.0)),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffmoe_kernels.backend import Backend, Implementation, plain, run
+from diffmoe_kernels.backend import Backend, Implementation, pytorch_only, run
 from diffmoe_kernels.checks import check_choice, check_floating, check_same_device, check_shape
 from diffmoe_kernels.measured import fastest, movement_class
 from diffmoe_kernels.ops.adaln.reference import (
@@ -119,9 +119,9 @@ def _shape_class(x: Tensor, *_: object) -> str:
     return movement_class(x.shape[0] * x.shape[1], x.dtype)
 
 
-_ADALN = plain(adaln_reference)
-_GATED_RESIDUAL = plain(gated_residual_reference)
-_BOTH = plain(gated_residual_adaln_reference)
+_ADALN = pytorch_only(adaln_reference)
+_GATED_RESIDUAL = pytorch_only(gated_residual_reference)
+_BOTH = pytorch_only(gated_residual_adaln_reference)
 if HAS_TRITON:
     from diffmoe_kernels.ops.adaln import _library
 

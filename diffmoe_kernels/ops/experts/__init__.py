@@ -19,7 +19,7 @@ from diffmoe_kernels.checks import (
 from diffmoe_kernels.measured import experts_class, fastest
 from diffmoe_kernels.ops.experts import _torch
 from diffmoe_kernels.ops.experts.reference import experts_reference
-from diffmoe_kernels.ops.grouped_gemm._torch import waits as grouped_mm_waits
+from diffmoe_kernels.ops.grouped_gemm._torch import syncs_with_host
 from diffmoe_kernels.routing import Routing, check_routing
 from diffmoe_kernels.triton_support import HAS_TRITON
 
@@ -53,13 +53,14 @@ def experts(
         activation: "swiglu" silu(gate) * up (arXiv:2002.05202), "gelu_tanh" or "silu".
         dropout: probability of zeroing an element of the activation, from torch's global generator.
         residual: (T, D) floating, added to the result.
-        backend: "reference", "torch" (grouped_mm), "triton" or "auto".
+        backend: "reference", "torch" (grouped_mm; on a GPU with Triton this project's kernels gather, activate and
+            combine between its products), "triton" or "auto".
 
     Weights and biases may be float32 masters: they are cast to the compute dtype (autocast's, else x's), and their
     gradients come back in their own dtype.
 
     Returns:
-        (T, D) in the compute dtype (with a residual of a wider dtype, in that).
+        (T, D) in the compute dtype, with a residual in what the two dtypes promote to.
 
     Raises:
         TypeError: arguments that are not floating.
@@ -102,8 +103,8 @@ def _shape_class(x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor
     return experts_class(routing.num_rows, routing.num_experts, down_proj.shape[2], x.dtype, training)
 
 
-def _grouped_mm_loses(x: Tensor, *args: Any, **options: Any) -> bool:
-    return grouped_mm_waits(x) or _torch.why_not(x, *args, **options) is not None
+def _grouped_mm_is_unsuitable(x: Tensor, *args: Any, **options: Any) -> bool:
+    return syncs_with_host(x) or _torch.why_not(x, *args, **options) is not None
 
 
 _IMPLEMENTATIONS = {
@@ -119,7 +120,7 @@ if HAS_TRITON:
         "triton": Implementation(
             partial(_library.experts_on_kernels, products="triton"),
             _library.why_not,
-            automatic=fastest("experts", "triton", _shape_class, rival_loses=_grouped_mm_loses),
+            automatic=fastest("experts", "triton", _shape_class, torch_is_unsuitable=_grouped_mm_is_unsuitable),
         ),
         **_IMPLEMENTATIONS,
     }

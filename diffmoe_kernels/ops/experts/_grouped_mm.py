@@ -175,7 +175,7 @@ def backward(
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
-    """grad (T, D) -> gradients by x, gates, up, down and their biases; None where not asked for."""
+    """grad (T, D) -> gradients with respect to x, gates, up, down and their biases; None where not asked for."""
     up, down = _aligned(up), _aligned(down)
     grad_rows = gather(grad, token_indices, group_offsets)
     grad_hidden = F.grouped_mm(grad_rows, down, offs=group_offsets)

@@ -79,7 +79,7 @@ def _experts_backward(
     bias_dtype: torch.dtype | None,
     products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by x, gates, up, down and their biases; empty where not asked for or not there."""
+    """Gradients with respect to x, gates, up, down and their biases; empty where not asked for or not there."""
     _, backward = PRODUCTS[products]
     grads = backward(
         grad.to(x.dtype).contiguous(),

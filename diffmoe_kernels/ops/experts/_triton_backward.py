@@ -277,7 +277,7 @@ def backward(
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
-    """grad (T, D) -> gradients by x, gates, up, down and their biases; None where not asked for."""
+    """grad (T, D) -> gradients with respect to x, gates, up, down and their biases; None where not asked for."""
     grad_pre, weighted, grad_gates = down_backward(
         grad, token_indices, gates, group_offsets, down, down_bias, pre, activation
     )

@@ -30,10 +30,13 @@ def grouped_gemm(
     ========================  ==============  ===========  ===================================
 
     Args:
-        x, w: floating, of one dtype after autocast; w is cast to x's dtype where it is a master weight.
+        x, w: floating. x's dtype, or autocast's, is that of the product; w is cast to it, as a float32 master is.
         offs: (E,) int32, ascending; what lies past ``offs[-1]`` is not read, and 0 in the result.
         bias: (E, N) floating, with (R, K) x (E, K, N) only.
         backend: "reference", "torch" (grouped_mm), "triton" or "auto".
+
+    Returns:
+        The result's shape of the table, in the product's dtype.
 
     Raises:
         TypeError: operands that are not floating, or offs that are not int32.
@@ -83,8 +86,8 @@ def _shape_class(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None)
     return experts_class(num_rows, offs.shape[0], min(x.shape[-1], w.shape[-1]), x.dtype, training)
 
 
-def _grouped_mm_loses(x: Tensor, *args: Tensor | None) -> bool:
-    return _torch.waits(x) or _torch.why_not(x, *args) is not None
+def _grouped_mm_is_unsuitable(x: Tensor, *args: Tensor | None) -> bool:
+    return _torch.syncs_with_host(x) or _torch.why_not(x, *args) is not None
 
 
 _IMPLEMENTATIONS = {
@@ -98,7 +101,7 @@ if HAS_TRITON:
         "triton": Implementation(
             _library.grouped_gemm_triton,
             _library.why_not,
-            automatic=fastest("grouped_gemm", "triton", _shape_class, rival_loses=_grouped_mm_loses),
+            automatic=fastest("grouped_gemm", "triton", _shape_class, torch_is_unsuitable=_grouped_mm_is_unsuitable),
         ),
         **_IMPLEMENTATIONS,
     }

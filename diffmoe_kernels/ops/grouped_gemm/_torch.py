@@ -1,4 +1,4 @@
-"""`grouped_gemm` through `torch.nn.functional.grouped_mm`; where that waits for the device, `waits` says so."""
+"""`grouped_gemm` through `torch.nn.functional.grouped_mm`, and where that synchronizes with the host."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def why_not_sizes(x: Tensor, rows: int, *sizes: int) -> str | None:
     return None
 
 
-def waits(x: Tensor) -> bool:
+def syncs_with_host(x: Tensor) -> bool:
     """Whether grouped_mm reads the offsets back to the host: PyTorch has a fast path in bfloat16 on Hopper and
     Blackwell only, else `_grouped_mm_fallback` (`GroupedMMUtils.h`), one product a group."""
     capability = capability_of(x.device)

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, plain, run
+from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, pytorch_only, run
 from diffmoe_kernels.checks import check_floating, check_same_device, check_shape
 from diffmoe_kernels.measured import fastest, movement_class
 from diffmoe_kernels.ops.permute._library import permute_on_kernels, unpermute_on_kernels
@@ -77,5 +77,5 @@ def _kernels(op: str, function: Callable[..., Tensor]) -> dict[str, Implementati
     }
 
 
-_PERMUTE = {**_kernels("permute", permute_on_kernels), **plain(permute_reference)}
-_UNPERMUTE = {**_kernels("unpermute", unpermute_on_kernels), **plain(unpermute_reference)}
+_PERMUTE = {**_kernels("permute", permute_on_kernels), **pytorch_only(permute_reference)}
+_UNPERMUTE = {**_kernels("unpermute", unpermute_on_kernels), **pytorch_only(unpermute_reference)}

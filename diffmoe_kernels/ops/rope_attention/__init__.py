@@ -59,10 +59,11 @@ def rope_attention(
         q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias: (d,) floating, learnable scale and shift of the norms.
         norm_eps: added to the norms' mean square.
         scale: of the scores; d^-0.5 where None.
-        float16_tables: cos and sin in float16, which the kernels read beside bfloat16 numbers: half as many bytes, and
-            eight times as exact as what those keep. Where None they are made at every call, by two small kernels.
+        float16_tables: cos and sin in float16, each (N - num_prefix_tokens, d / 2), which the Triton kernels read where
+            qkv is bfloat16: half the bytes of float32, eight times the precision of bfloat16. Where None they are cast
+            at every call.
         backend: "reference", "torch" (scaled_dot_product_attention), "triton" (all of it in the kernels; up to 128
-            channels a head, no gradient by cos and sin) or "auto".
+            channels a head, no gradient with respect to cos and sin) or "auto".
 
     Returns:
         (B, N, H * d) in qkv's dtype, or autocast's. Norms, rotation and softmax are float32.

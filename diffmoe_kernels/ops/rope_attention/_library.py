@@ -65,7 +65,7 @@ def _rope_attention_backward(
     norm_eps: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by qkv and by the norms' scales and shifts, empty where there are none."""
+    """Gradients with respect to qkv and the norms' scales and shifts, empty where there are none."""
     settings = Settings(num_heads, rope, num_prefix_tokens, norm, norm_eps, scale)
     norms = (q_weight, q_bias, k_weight, k_bias)
     by_qkv, by_norms = attend_backward(grad.contiguous(), qkv, out, lse, cos, sin, norms, settings)
@@ -139,5 +139,5 @@ def why_not(
     if qkv.dtype == torch.float16 and abs(scale) > math.log(2):  # q is scaled by it before it is rounded
         return f"the kernels take a scale of at most ln 2 in float16, not {scale}"
     if torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in (cos, sin)):
-        return "the kernels take no gradient by cos and sin"
+        return "the kernels give no gradient with respect to cos and sin"
     return why_not_triton(qkv)

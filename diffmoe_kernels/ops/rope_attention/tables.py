@@ -21,7 +21,7 @@ def rope_table(
         head_dim: channels of a head; even for "1d", a multiple of 4 for the others.
         grid_size: (rows, columns) of the token grid in row-major order, or one int: the number of positions for "1d",
             the side of a square for the others.
-        base: the longest wavelength is 2 pi * base.
+        base: frequencies fall geometrically from 1 towards 1 / base.
 
     Returns:
         cos, sin: (N, head_dim / 2) float32.

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, plain, run
+from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, pytorch_only, run
 from diffmoe_kernels.checks import (
     check_choice,
     check_floating,
@@ -57,8 +57,11 @@ def router_topk(
         scaling_factor: multiplies the weights at the end.
         backend: see `diffmoe_kernels.backend`.
 
+    Returns:
+        A `RouterTopK`: choices, weights, scores and the `Routing` of them.
+
     Raises:
-        TypeError: logits or bias that are not floating.
+        TypeError: logits or bias that are not floating, or counts that are not integers.
         ValueError: shapes that do not fit, top_k beyond the experts that may be chosen, groups that do not divide E.
     """
     check_floating("router_logits", router_logits)
@@ -154,8 +157,8 @@ _IMPLEMENTATIONS = {
         fastest("router_topk", backend, _shape_class),
     )
     for backend in KERNEL_BACKENDS
-} | plain(router_topk_reference)
-_FROM_TOPK = plain(Routing.from_topk)
+} | pytorch_only(router_topk_reference)
+_FROM_TOPK = pytorch_only(Routing.from_topk)
 if HAS_TRITON:
     from diffmoe_kernels.ops.router_topk._from_topk_library import routing_from_topk_triton
 

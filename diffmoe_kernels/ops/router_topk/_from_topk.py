@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffmoe_kernels.ops.router_topk._triton import rank_in_list, scan
-from diffmoe_kernels.ops.router_topk.outputs import maps_like
 from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T
+from diffmoe_kernels.routing import empty_fields
 from diffmoe_kernels.triton_support import next_power_of_2
 
 BLOCK = BLOCK_T  # slots, a bit of a mask each
@@ -138,7 +138,7 @@ def sort_choices(
     Returns:
         gates, token_indices, group_offsets, token_offsets, token_rows, as `Routing` has them.
     """
-    maps = maps_like(topk_ids, num_experts)
+    maps = empty_fields(topk_ids.new_empty, topk_ids.numel(), topk_ids.shape[0], num_experts)
     num_slots, top_k = topk_ids.numel(), topk_ids.shape[1]
     if num_slots == 0:
         for tensor in maps[2:4]:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from diffmoe_kernels.operator import operator
 from diffmoe_kernels.ops.router_topk._from_topk import sort_choices, sort_choices_backward
-from diffmoe_kernels.ops.router_topk.outputs import maps_like
-from diffmoe_kernels.routing import Routing, check_rows
+from diffmoe_kernels.routing import Routing, check_rows, empty_fields
 
 
 @operator("routing_from_topk")
@@ -21,7 +20,7 @@ def _routing_from_topk(
 
 @_routing_from_topk.register_fake
 def _(topk_weights, topk_ids, num_experts):
-    return maps_like(topk_ids, num_experts)
+    return empty_fields(topk_ids.new_empty, topk_ids.numel(), topk_ids.shape[0], num_experts)
 
 
 @operator("routing_from_topk_backward")

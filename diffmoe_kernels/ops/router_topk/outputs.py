@@ -1,40 +1,17 @@
-"""What the kernels write, uninitialised; the operators' fake kernels return it."""
+"""What the kernels write, uninitialised; the operator's fake kernel returns it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from diffmoe_kernels.routing import empty_fields
+
 
 def outputs_of(router_logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
-    """What `route` returns, uninitialised."""
+    """topk_weights (T, K), router_scores (T, E), gates (R,), topk_ids (T, K) and the other fields of the `Routing`."""
     num_tokens, num_experts = router_logits.shape
-
-    def integers(*shape: int) -> Tensor:
-        return router_logits.new_empty(shape, dtype=torch.int32)
-
-    def floats(*shape: int) -> Tensor:
-        return router_logits.new_empty(shape, dtype=torch.float32)
-
-    return (
-        floats(num_tokens, top_k),
-        floats(num_tokens, num_experts),
-        floats(num_tokens * top_k),
-        integers(num_tokens, top_k),
-        integers(num_tokens * top_k),
-        integers(num_experts),
-        integers(num_tokens + 1),
-        integers(num_tokens * top_k),
-    )
-
-
-def maps_like(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `sort_choices` returns, uninitialised."""
-    num_tokens, top_k = topk_ids.shape
-    return (
-        topk_ids.new_empty(num_tokens * top_k, dtype=torch.float32),
-        topk_ids.new_empty(num_tokens * top_k, dtype=torch.int32),
-        topk_ids.new_empty(num_experts, dtype=torch.int32),
-        topk_ids.new_empty(num_tokens + 1, dtype=torch.int32),
-        topk_ids.new_empty(num_tokens * top_k, dtype=torch.int32),
-    )
+    make = router_logits.new_empty
+    weights, scores = (make(num_tokens, columns, dtype=torch.float32) for columns in (top_k, num_experts))
+    gates, *maps = empty_fields(make, num_tokens * top_k, num_tokens, num_experts)
+    return weights, scores, gates, make(num_tokens, top_k, dtype=torch.int32), *maps

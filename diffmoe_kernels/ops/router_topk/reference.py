@@ -17,8 +17,8 @@ class RouterTopK(NamedTuple):
     Attributes:
         routing: the record that the experts take, of T * K rows.
         topk_ids: (T, K) int32, the chosen experts, the best first.
-        topk_weights: (T, K) float32, differentiable.
-        router_scores: (T, E) float32, differentiable: sigmoid or softmax of the logits.
+        topk_weights: (T, K) float32 (float64 for float64 logits), differentiable.
+        router_scores: (T, E) of the same dtype, differentiable: sigmoid or softmax of the logits.
     """
 
     routing: Routing

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, plain, run
+from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, pytorch_only, run
 from diffmoe_kernels.checks import (
     check_choice,
     check_floating,
@@ -237,15 +237,15 @@ def _kernels(op: str, function: Callable[..., Any], why_not: Callable[..., str |
     }
 
 
-_TOKEN_DROP = _kernels("token_drop", token_drop_on_kernels, _why_not_drop) | plain(token_drop_reference)
-_PREDICTED = _kernels("token_drop_predicted", token_drop_predicted_on_kernels, _why_not_predicted) | plain(
+_TOKEN_DROP = _kernels("token_drop", token_drop_on_kernels, _why_not_drop) | pytorch_only(token_drop_reference)
+_PREDICTED = _kernels("token_drop_predicted", token_drop_predicted_on_kernels, _why_not_predicted) | pytorch_only(
     token_drop_predicted_reference
 )
-_TOKEN_CHOICE = _kernels("token_choice_drop", token_choice_drop_on_kernels, _why_not_choice) | plain(
+_TOKEN_CHOICE = _kernels("token_choice_drop", token_choice_drop_on_kernels, _why_not_choice) | pytorch_only(
     token_choice_drop_reference
 )
-_CAPACITY_LOSS = plain(capacity_loss_reference)
-_CAPACITY_QUANTILE = plain(capacity_quantile_reference)
+_CAPACITY_LOSS = pytorch_only(capacity_loss_reference)
+_CAPACITY_QUANTILE = pytorch_only(capacity_quantile_reference)
 if HAS_TRITON:
     from diffmoe_kernels.ops.token_drop._capacity_library import capacity_loss_triton, capacity_quantile_triton
 

@@ -1,8 +1,8 @@
 """`token_choice_drop` in Triton: the choices sorted by expert, then each expert's own cut by a radix select.
 
 A dense (T, E) tensor of keys for `_select.py` would be E / K times as large, take more launches and hold no expert that
-a token names twice. Here three launches sort, one copies the ids, and one program an expert cuts: most read their
-scores once or five times, and those that keep all read none.
+a token names twice. Here three launches sort, one copies the ids, and one program an expert cuts: over its capacity it
+reads its scores five times, else never.
 
 T tokens, E experts, K slots a token, R = T * K. Shapes of a kernel's pointers stand above it.
 """

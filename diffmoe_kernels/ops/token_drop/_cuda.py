@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.cuda_support import TYPES, address, extension, stream_of
-from diffmoe_kernels.ops.token_drop.outputs import routing_of
+from diffmoe_kernels.routing import empty_fields
 
 
 def route(
@@ -26,7 +26,7 @@ def route(
     predicted = logits is not None
     nothing = num_tokens == 0 or num_experts == 0 or (num_rows == 0 and not predicted)
     make = scores.new_zeros if nothing else scores.new_empty
-    routing = routing_of(make, num_rows, num_tokens, num_experts)
+    routing = empty_fields(make, num_rows, num_tokens, num_experts)
     dropped = make((), dtype=torch.int64) if predicted else None
     outputs = (*routing, dropped) if predicted else routing
     if nothing:

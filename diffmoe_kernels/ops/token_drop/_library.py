@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.operator import launchers, operator
-from diffmoe_kernels.ops.token_drop.outputs import routing_of
-from diffmoe_kernels.routing import Routing, check_rows
+from diffmoe_kernels.routing import Routing, check_rows, empty_fields
 
 kernels = functools.partial(launchers, "token_drop")
 
@@ -24,7 +23,7 @@ def _token_drop(
 
 @_token_drop.register_fake
 def _(scores, expert_capacity, num_pools, backend):
-    return routing_of(scores.new_empty, scores.shape[1] * num_pools * expert_capacity, *scores.shape)
+    return empty_fields(scores.new_empty, scores.shape[1] * num_pools * expert_capacity, *scores.shape)
 
 
 @operator("token_drop_predicted")
@@ -37,7 +36,7 @@ def _token_drop_predicted(
 
 @_token_drop_predicted.register_fake
 def _(scores, logits, thresholds, max_capacity, by_token, backend):
-    routing = routing_of(scores.new_empty, scores.shape[1] * max_capacity, *scores.shape)
+    routing = empty_fields(scores.new_empty, scores.shape[1] * max_capacity, *scores.shape)
     return *routing, scores.new_empty((), dtype=torch.int64)
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from diffmoe_kernels.ops.token_drop._choice import drop_choices
 from diffmoe_kernels.ops.token_drop._select import TILE, load_keys, select, tile_of
-from diffmoe_kernels.ops.token_drop.outputs import routing_of
 
 __all__ = ["drop_choices", "route", "spread_gates"]
+from diffmoe_kernels.routing import empty_fields
 
 
 # scores, logits (T, E), thresholds (E,), cut, ties (P, E), wanted (E,), counts (P, B, E)
@@ -183,7 +183,7 @@ def route(
     predicted = logits is not None
     nothing = num_tokens == 0 or (num_rows == 0 and not predicted)
     make = scores.new_zeros if nothing else scores.new_empty
-    routing = routing_of(make, num_rows, num_tokens, num_experts)
+    routing = empty_fields(make, num_rows, num_tokens, num_experts)
     if predicted:
         routing = *routing, make((), dtype=torch.int64)
     if nothing:
