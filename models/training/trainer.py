@@ -132,9 +132,8 @@ class Trainer:
         if saved:
             self._restore(*saved)
         if config.compile:
-            for (
-                block
-            ) in self.model.blocks:  # blocks of one kind share a compilation: seconds, where a model's is minutes
+            # Blocks of one kind share a compilation: seconds, where a model's takes minutes.
+            for block in self.model.blocks:
                 block.compile()
 
         self.run.mkdir(parents=True, exist_ok=True)
