@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import sys
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from models.data.folder import draw_flips, load_folder, scale_pixels
 from models.data.splits import DataSplits
 from models.files import write_atomically
+from models.progress import progress_bar
 
 FORMAT = 1
 INDEX, MOMENTS, LABELS = "latents.json", "moments.npy", "labels.npy"
@@ -189,10 +189,7 @@ def encode_folder(
     shape = (len(data.train), 1 + flip, 2 * encoder.channels, size, size)
     batches = DataLoader(data.train, batch_size, num_workers=workers, generator=torch.Generator())
     if progress:
-        from tqdm import tqdm
-
-        interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file needs few lines
-        batches = tqdm(batches, desc="encode", unit="batch", mininterval=interval)
+        batches = progress_bar(batches, desc="encode", unit="batch")
     index = {
         "format": FORMAT,
         "autoencoder": encoder.name,
