@@ -124,7 +124,7 @@ def autoencoder_name(name: str) -> str:
 def with_autoencoder(data: DataSplits, name: str) -> DataSplits:
     """`data` of images, whose draw encodes them and draws their latents at every step.
 
-    Slower than training on what `models.data.encoding` wrote, but takes no disk space.
+    Slower than training on what `encode_folder` wrote, but takes no disk space.
 
     Args:
         data: RGB images, as `load_folder` gives them.
@@ -148,7 +148,7 @@ def with_autoencoder(data: DataSplits, name: str) -> DataSplits:
 
 
 class LatentFolder(Dataset[tuple[Tensor, Tensor]]):
-    """Items `(moments, label)` of what `models.data.encoding` wrote: float32 (views, 2C, h, w) and int64 ()."""
+    """Items `(moments, label)` of what `encode_folder` wrote: float32 (views, 2C, h, w) and int64 ()."""
 
     def __init__(self, path: Path, labels: Tensor) -> None:
         self.path, self.labels = path, labels
@@ -208,7 +208,7 @@ def load_latents(path: str | Path, *, flip: bool = True) -> DataSplits:
 
 
 def holds_latents(path: str | Path) -> bool:
-    """Whether the folder is what `models.data.encoding` wrote, or a part of it."""
+    """Whether the folder is what `encode_folder` wrote, or a part of it."""
     return any((Path(path) / name).exists() for name in (INDEX, MOMENTS))
 
 

@@ -130,9 +130,7 @@ class Trainer:
         if saved:
             self._restore(*saved)
         if config.compile:
-            for (
-                block
-            ) in self.model.blocks:  # blocks of one kind share a compilation: seconds, where a model's is minutes
+            for block in self.model.blocks:  # those of one kind share a compilation; a whole model's takes minutes
                 block.compile()
 
         self.run.mkdir(parents=True, exist_ok=True)
