@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from models.data.folder import load_folder, scale_pixels
 from models.data.latents import FORMAT, INDEX, LABELS, MOMENTS, Autoencoder, autoencoder_name, load_autoencoder
@@ -77,11 +78,7 @@ def encode_folder(
         done = _find_encoded(output, settings, names, row)
         if done < len(names):
             done -= done % batch_size  # in the same batches, the latents are the same to the bit
-        rest = Subset(data.train, range(done, len(names)))
-        batches = DataLoader(rest, batch_size, num_workers=workers, generator=torch.Generator())
-        if progress:
-            total = math.ceil(len(names) / batch_size)
-            batches = progress_bar(batches, initial=total - len(batches), total=total, desc="encode", unit="batch")
+        batches = _load_rest(data.train, done, batch_size, workers, progress)
         try:
             lines = [json.dumps(settings), json.dumps(names[:done])]
             write_atomically(output / ENCODED, lambda file: file.write(("\n".join(lines) + "\n").encode()))
@@ -113,6 +110,15 @@ def encode_folder(
                     (output / name).unlink(missing_ok=True)
             raise
     return len(names)
+
+
+def _load_rest(images: Dataset, done: int, batch_size: int, workers: int, progress: bool) -> Iterable[list[Tensor]]:
+    rest = Subset(images, range(done, len(images)))
+    batches = DataLoader(rest, batch_size, num_workers=workers, generator=torch.Generator())
+    if not progress:
+        return batches
+    total = math.ceil(len(images) / batch_size)
+    return progress_bar(batches, initial=total - len(batches), total=total, desc="encode", unit="batch")
 
 
 def _find_encoded(output: Path, settings: dict[str, Any], names: list[str], row: int) -> int:
