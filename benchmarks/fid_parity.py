@@ -28,6 +28,7 @@ from models.precision import Precision
 from models.sample import SampleConfig
 from models.training.config import TrainConfig
 from models.training.loading import model_overrides, pick_device
+from models.training.lock import remove_runs
 from models.training.logs import late_error, machine, save_seed_curves
 from models.training.trainer import NonFiniteError
 
@@ -191,8 +192,10 @@ def run_parity(config: ParityConfig) -> str | None:
     fid_scorer = None if config.is_digits else FidScorer(fid, config.inception, config.reference, device)
     runs = {name: [make_run(config, name, seed) for seed in range(config.seeds)] for name in config.models}
     if config.overwrite:
-        for name in config.models:
-            shutil.rmtree(runs[name][0].folder.parent, ignore_errors=True)
+        folders = [runs[name][0].folder.parent for name in config.models]
+        remove_runs([run for folder in folders for run in folder.glob("seed-*")])
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
     by_seed = [run for runs_of_seed in zip(*runs.values(), strict=True) for run in runs_of_seed]
     jobs = config.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
     if not carry_out_all(by_seed, min(jobs, len(by_seed))):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from models.options import build_config, command_line, config_parser, option, re
 from models.sampling import balanced_labels, sample_images
 from models.training.config import TrainConfig
 from models.training.loading import load_model
+from models.training.lock import remove_runs
 from models.training.logs import late_error, machine, read_metrics, save_loss_curves
 from models.training.trainer import NonFiniteError, Trainer, TrainResult
 
@@ -81,13 +81,12 @@ def make_room(output: Path, names: Sequence[str], *, overwrite: bool) -> None:
     """Delete an earlier demo's runs in `output`.
 
     Raises:
-        ValueError: there are some, and `overwrite` is not set.
+        ValueError: there are some, and `overwrite` is not set, or another process trains into one of them.
     """
     earlier = [output / name for name in names if (output / name).exists()]
     if earlier and not overwrite:
         raise ValueError(f"{output} holds an earlier demo: replace it with --overwrite, or choose another --output")
-    for run in earlier:
-        shutil.rmtree(run)
+    remove_runs(earlier)
 
 
 def run_demo(config: DemoConfig) -> list[Row] | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from models.data.latents import encode_folder
+from models.data.encoding import encode_folder
 from models.options import build_config, config_parser, option, require
 from models.training.loading import pick_device
 
@@ -20,7 +20,9 @@ class EncodeConfig:
 
     data: str = option("", "folder with one subfolder of images per class")
     autoencoder: str = option("", "folder or hub name of a diffusers AutoencoderKL: stabilityai/sd-vae-ft-ema")
-    output: str = option("", "new or empty folder for the latents, which `models.train --data` then takes")
+    output: str = option(
+        "", "new or empty folder for the latents, which `models.train --data` then takes, or one to go on with"
+    )
     image_size: int = option(256, "side in pixels that images are cut and scaled to")
     flip: bool = option(True, "encode mirror images too, for training to choose from; twice the time and space")
     batch_size: int = option(32, "images at a time: a matter of speed and memory", alias="batch")
@@ -62,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = build_config(EncodeConfig, parser.parse_args(arguments))
         count = encode(config)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: no latents were kept", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("\n".join(["interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         return 130
     print(f"{count} images: {config.output}")
     return 0

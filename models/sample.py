@@ -182,13 +182,16 @@ def _check_parts(config: SampleConfig, model: nn.Module) -> None:
 
 
 def _request(config: SampleConfig, trained: TrainedModel, decoder: str | None) -> dict[str, Any]:
-    """All that images of one run have in common, as JSON gives it back."""
+    """All that images of one run have in common, defaults filled in, as JSON gives it back."""
     digest = hashlib.sha256()
     for name, value in trained.model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().flatten().view(torch.uint8).numpy())
-    names = ("seed", "steps", "method", "cfg_scale", "precision", "classes", "unconditional")
-    request = {name: getattr(config, name) for name in names} | {
+    method, steps = trained.objective.pick_method(config.method, config.steps)
+    request = {name: getattr(config, name) for name in ("seed", "cfg_scale", "precision", "unconditional")} | {
+        "method": method,
+        "steps": steps,
+        "classes": list(range(trained.model.num_classes)) if config.classes is None else config.classes,
         "weights": digest.hexdigest(),
         "objective": [type(trained.objective).__name__, dataclasses.asdict(trained.objective)],
         "autoencoder": decoder,

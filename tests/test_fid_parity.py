@@ -23,7 +23,7 @@ from benchmarks.parity.scoring import Score
 from benchmarks.parity.statistics import compare, spread
 from models import list_models
 from models.data import load_dataset, load_npz
-from models.data.latents import encode_folder
+from models.data.encoding import encode_folder
 from models.metrics import FidScores, train_classifier
 from models.sample import SampleConfig, sample_to_files
 from models.training.checkpoints import list_checkpoints

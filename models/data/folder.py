@@ -63,6 +63,10 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def file_names(self) -> list[str]:
+        """The items' files, relative to the folder."""
+        return [str(Path(os.fsdecode(file)).relative_to(self.path)) for file in self._files]
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return read_image(os.fsdecode(self._files[index]), self.image_size), self.labels[index]
 

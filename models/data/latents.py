@@ -1,9 +1,7 @@
-"""Latents of a diffusers AutoencoderKL as a dataset: encoded anew at each step, or once into a folder."""
+"""Latents of a diffusers AutoencoderKL as a dataset: encoded anew at each step, or read from a folder."""
 
 import dataclasses
 import json
-import os
-import sys
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from models.data.folder import draw_flips, load_folder, scale_pixels
+from models.data.folder import draw_flips
 from models.data.splits import DataSplits
-from models.files import write_atomically
 
 FORMAT = 1
 INDEX, MOMENTS, LABELS = "latents.json", "moments.npy", "labels.npy"
@@ -150,79 +147,6 @@ def with_autoencoder(data: DataSplits, name: str) -> DataSplits:
     )
 
 
-def encode_folder(
-    folder: str | Path,
-    autoencoder: str,
-    output: str | Path,
-    *,
-    image_size: int = 256,
-    flip: bool = True,
-    batch_size: int = 32,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-) -> int:
-    """Encode a folder of images once, for `load_latents`; returns the number of images.
-
-    Writes moments.npy, float32 (N, views, 2C, h, w) as of `Autoencoder.moments`, a view per image and one more for its
-    mirror image where `flip`; labels.npy, int64 (N,); and last of all latents.json, without which the folder is no
-    dataset. Where anything goes wrong it removes what it has written.
-
-    Args:
-        folder: as `load_folder` takes it.
-        autoencoder: as `Autoencoder` takes it.
-        output: new or empty folder.
-        batch_size: images encoded at a time.
-        workers: processes that read images.
-        progress: show a progress bar (tqdm).
-
-    Raises:
-        ImportError, ValueError: `output` is not empty, an image can't be read, the latents are not finite, or as
-            `load_folder` and `with_autoencoder` say.
-    """
-    data, output = load_folder(folder, image_size=image_size, flip=False), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output must be a new or an empty folder, {output} is neither: choose another, or empty it")
-    encoder = load_autoencoder(autoencoder_name(autoencoder))
-    size = encoder.latent_size(image_size)
-    output.mkdir(parents=True, exist_ok=True)
-    shape = (len(data.train), 1 + flip, 2 * encoder.channels, size, size)
-    batches = DataLoader(data.train, batch_size, num_workers=workers, generator=torch.Generator())
-    if progress:
-        from tqdm import tqdm
-
-        interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file needs few lines
-        batches = tqdm(batches, desc="encode", unit="batch", mininterval=interval)
-    index = {
-        "format": FORMAT,
-        "autoencoder": encoder.name,
-        "scaling_factor": encoder.scaling_factor,
-        "shift_factor": encoder.shift_factor,
-        "image_size": image_size,
-        "class_names": data.class_names,
-        "moments_shape": shape,
-    }
-    try:
-        # Written from front to back, since a memory map that is written to kills the process where the disk is full.
-        with open(output / MOMENTS, "wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for images, _ in batches:
-                moments = _encode_views(encoder, scale_pixels(images.to(device)), flip)
-                if not moments.isfinite().all():
-                    raise ValueError(f"the autoencoder {encoder.name!r} gives NaN or infinity: use another one")
-                file.write(moments.cpu().numpy().astype("<f4").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        write_atomically(output / LABELS, lambda file: np.save(file, data.train.labels.numpy()))
-        write_atomically(output / INDEX, lambda file: file.write((json.dumps(index) + "\n").encode()))
-    except BaseException:  # an interrupt too
-        for name in (INDEX, LABELS, MOMENTS):
-            (output / name).unlink(missing_ok=True)
-        raise
-    return len(data.train)
-
-
 class LatentFolder(Dataset[tuple[Tensor, Tensor]]):
     """Items `(moments, label)` of what `encode_folder` wrote: float32 (views, 2C, h, w) and int64 ()."""
 
@@ -288,11 +212,6 @@ def holds_latents(path: str | Path) -> bool:
     return any((Path(path) / name).exists() for name in (INDEX, MOMENTS))
 
 
-def _encode_views(encoder: Autoencoder, images: Tensor, flip: bool) -> Tensor:
-    views = [images, images.flip(-1)] if flip else [images]
-    return torch.stack([encoder.moments(view) for view in views], dim=1)  # (N, views, 2C, h, w)
-
-
 def _load_vae(name: str) -> torch.nn.Module:
     try:
         from diffusers import AutoencoderKL
@@ -327,8 +246,8 @@ def _load_vae(name: str) -> torch.nn.Module:
 def _read_index(path: Path) -> dict[str, Any]:
     if not (path / INDEX).is_file():
         raise ValueError(
-            f"{path} holds no {INDEX}, which is written last: it is no folder of latents, or a half-written one; "
-            "write it anew with `python -m models.encode`"
+            f"{path} holds no {INDEX}, which is written last: it is no folder of latents, or a half-written one, "
+            "which the same `python -m models.encode` goes on with"
         )
     try:
         index = json.loads((path / INDEX).read_text())

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Generator, Iterator
@@ -21,14 +20,10 @@ from models.data import check_labels, load_dataset, save_grid
 from models.files import write_atomically
 from models.objectives import objective_for
 from models.options import read_yaml, to_yaml
+from models.progress import progress_bar
 from models.sampling import balanced_labels, check_decodable, sample_images, to_images
 from models.training.batches import ShuffledBatches, load_batches
-from models.training.checkpoints import (
-    checkpoint_path,
-    list_checkpoints,
-    load_newest,
-    save_checkpoint,
-)
+from models.training.checkpoints import checkpoint_path, list_checkpoints, load_newest, save_checkpoint
 from models.training.config import TrainConfig
 from models.training.interrupt import StopOnSignal
 from models.training.loading import (
@@ -40,6 +35,7 @@ from models.training.loading import (
     pick_device,
     trainable_model,
 )
+from models.training.lock import run_lock
 from models.training.logs import RunLog, read_metrics, save_loss_curves
 
 CONFIG_FILE = "config.yaml"
@@ -95,13 +91,15 @@ class Trainer:
             warning: by the same ones a run would meet the same NaN again.
 
     Raises:
-        ValueError: several processes were asked for; options, data and model do not fit together; without `resume`, the
-            directory holds a run; with it, the directory holds none, or one of another model or other options.
+        ValueError: another process trains into the directory, or several were asked for; options, data and model do not
+            fit together; without `resume`, the directory holds a run; with it, the directory holds none, or one of
+            another model or other options.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
         check_one_process()
         self.config, self.run = config, Path(config.output)
+        before = self._found()
         saved = self._find_saved(resume)
         self.device = pick_device(config.device)
         self.data = load_dataset(
@@ -132,11 +130,15 @@ class Trainer:
         if saved:
             self._restore(*saved)
         if config.compile:
-            # Blocks of one kind share a compilation: seconds, where a model's takes minutes.
-            for block in self.model.blocks:
+            for block in self.model.blocks:  # those of one kind share a compilation; a whole model's takes minutes
                 block.compile()
 
         self.run.mkdir(parents=True, exist_ok=True)
+        self.lock = run_lock(self.run)  # until `fit` ends, or until this is gone
+        if self._found() != before:
+            raise ValueError(
+                f"another process has trained into {self.run} meanwhile: resume, or choose another --output"
+            )
         write_atomically(self.run / CONFIG_FILE, lambda file: file.write(to_yaml(config).encode()))
 
     def fit(self) -> TrainResult:
@@ -148,12 +150,14 @@ class Trainer:
             OSError, ValueError: an image can't be read; a checkpoint of the step before is left.
         """
         config, start = self.config, self.step
+        total = config.steps if config.max_minutes is None else None  # with a time limit nobody knows
         deadline = math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
         seconds = 0.0
         with (
+            self.lock,
             StopOnSignal() as stop,
             closing(RunLog(self.run, start - len(self.window))) as log,
-            self._progress_bar() as bar,
+            progress_bar(total=total, initial=start, desc=config.model, unit="step") as bar,
             closing(self._batches()) as batches,
         ):
             while not (ended_by := self._reason_to_end(stop, deadline)):
@@ -270,9 +274,13 @@ class Trainer:
             "environment": self._environment(),
         }
 
+    def _found(self) -> tuple[bool, list[Path]]:
+        """Whether the directory holds a run's options, and its checkpoints."""
+        return (self.run / CONFIG_FILE).exists(), list_checkpoints(self.run)
+
     def _find_saved(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
         config_file = self.run / CONFIG_FILE
-        holds_run = config_file.exists() or bool(list_checkpoints(self.run))
+        holds_run = any(self._found())
         if holds_run and not resume:
             raise ValueError(f"{self.run} holds another run: continue it with --resume, or choose another --output")
         if resume and not holds_run:
@@ -360,13 +368,6 @@ class Trainer:
             progress["images_per_second"] = self._speed()
         self.window, self.times = [], []
         log.write(self.step, {**means, **progress})
-
-    def _progress_bar(self) -> Any:
-        from tqdm import tqdm
-
-        total = self.config.steps if self.config.max_minutes is None else None  # with a time limit nobody knows
-        interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file needs few lines
-        return tqdm(total=total, initial=self.step, desc=self.config.model, unit="step", mininterval=interval)
 
     def _non_finite(self, what: str, step: int) -> NonFiniteError:
         good = "there is no checkpoint yet: resume, which starts over,"

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from models import encode as command
 from models.data import load_dataset
+from models.data.encoding import encode_folder
 from models.data.folder import load_folder
-from models.data.latents import Autoencoder, LatentFolder, draw_latents, encode_folder, load_latents, with_autoencoder
+from models.data.latents import Autoencoder, LatentFolder, draw_latents, load_latents, with_autoencoder
 from tests.models.helpers import save_vae
 
 SIZE = 16
@@ -306,76 +306,3 @@ def test_the_autoencoder_must_be_that_of_the_latents(latents, vae, images, tmp_p
         load_dataset("digits", autoencoder="other/vae")
     with pytest.raises(ValueError, match="must be a folder of RGB images"):
         with_autoencoder(load_latents(latents), vae)
-
-
-def arguments(images, vae, output, *more):
-    return ["--data", str(images), "--autoencoder", vae, "--output", str(output), "--image-size", str(SIZE), *more]
-
-
-def test_the_command_writes_latents(images, vae, tmp_path, capsys):
-    output = tmp_path / "new" / "latents"
-    more = ("--batch-size", "3", "--workers", "1", "--device", "cpu", "--no-flip")
-    assert command.main(arguments(images, vae, output, *more)) == 0
-    printed = capsys.readouterr()
-    assert f"5 images: {output}" in printed.out and "encode" in printed.err
-    data = load_latents(output)
-    assert len(data.train) == 5 and data.train[0][0].shape == (1, 6, 8, 8)
-
-
-def test_the_command_refuses_an_output_in_use(images, vae, latents, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in latents.iterdir()}
-    assert command.main(arguments(images, vae, latents)) == 2
-    assert "output must be a new or an empty folder" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in latents.iterdir()} == before
-    (tmp_path / "file").touch()
-    assert command.main(arguments(images, vae, tmp_path / "file")) == 2
-
-
-@pytest.mark.parametrize("option", ["--data", "--autoencoder", "--output", "--batch-size", "--workers", "--image-size"])
-def test_the_command_names_a_bad_option(images, vae, tmp_path, capsys, option):
-    value = {"--workers": "-1", "--batch-size": "0", "--image-size": "0"}.get(option, "")
-    assert command.main(arguments(images, vae, tmp_path / "out", option, value)) == 2
-    assert f"correct {option}" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError("No space left on device"), 2)])
-def test_a_stopped_command_leaves_nothing_that_passes_for_a_dataset(images, vae, tmp_path, monkeypatch, error, status):
-    moments, calls = Autoencoder.moments, []
-
-    def stop_at_the_third(self, batch):
-        calls.append(len(batch))
-        if len(calls) == 3:
-            raise error
-        return moments(self, batch)
-
-    monkeypatch.setattr(Autoencoder, "moments", stop_at_the_third)
-    assert command.main(arguments(images, vae, tmp_path / "out", "--batch-size", "2")) == status
-    assert list((tmp_path / "out").iterdir()) == []
-    monkeypatch.undo()
-    assert command.main(arguments(images, vae, tmp_path / "out")) == 0  # nothing is in the way of another try
-
-
-def test_a_killed_command_leaves_a_folder_that_is_named_half_written(tmp_path):
-    (tmp_path / "moments.npy").touch()
-    with pytest.raises(ValueError, match="half-written"):
-        load_dataset(str(tmp_path))
-
-
-def test_an_unreadable_image_stops_the_encoding(vae, tmp_path, capsys):
-    (tmp_path / "images" / "a").mkdir(parents=True)
-    (tmp_path / "images" / "a" / "broken.png").write_text("hello")
-    assert command.main(arguments(tmp_path / "images", vae, tmp_path / "out")) == 2
-    assert "broken.png can't be read" in capsys.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_an_autoencoder_that_gives_nan_is_refused(images, tmp_path):
-    from diffusers import AutoencoderKL
-
-    broken = AutoencoderKL.from_pretrained(save_vae(tmp_path / "vae"), low_cpu_mem_usage=False)
-    broken.encoder.conv_in.bias.data.fill_(float("nan"))
-    broken.save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match="gives NaN or infinity"):
-        encode_folder(images, str(tmp_path / "vae"), tmp_path / "out", image_size=SIZE)
-    assert list((tmp_path / "out").iterdir()) == []

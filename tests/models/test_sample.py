@@ -171,6 +171,17 @@ def test_parts_of_another_run_are_not_taken(run, tmp_path, capsys, words, messag
     assert (tmp_path / "samples-000000.npz").read_bytes() == content
 
 
+def test_parts_are_known_by_what_was_drawn_not_by_what_was_typed(run, tmp_path, capsys):
+    words = ["--checkpoint", str(run), "--output", str(tmp_path), "--num-samples", "2", "--part-size", "2"]
+    assert main(words) == 0
+    (part,) = tmp_path.glob("*.npz")
+    written = part.stat().st_mtime_ns
+    assert main([*words, "--method", "euler", "--steps", "50", "--classes", *map(str, range(10))]) == 0
+    assert part.stat().st_mtime_ns == written
+    assert main([*words, "--method", "heun"]) == 2
+    assert "was sampled with method 'euler', but this run is with 'heun'" in capsys.readouterr().err
+
+
 def test_parts_of_samples_that_depend_on_their_batch(run, tmp_path, capsys):
     words = ("--num-samples", 8, "--method", "dopri5", "--steps", "null", "--batch-size", 4)
     for parts in (["--part-size", 6], ["--part-size", 4, "--first", 2]):
