@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 TESTS, WARM_UP = 0.5, 0.4  # of the budget, when they are stopped
 GRACE = 15.0  # seconds to write down what there is
 SIDE_BY_SIDE = 6  # processes
+COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 ONE_MODEL = 45.0  # seconds that a whole model may take from its start to its time
 
 
@@ -42,10 +43,10 @@ def pytest_of(*words: object) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "--tb=short", *map(str, words)]
 
 
-def run(command: list[str], seconds: float, grace: float = GRACE) -> tuple[int, str]:
+def run(command: list[str], seconds: float, grace: float = GRACE, **environment: str) -> tuple[int, str]:
     """Exit status and output. After its seconds it is interrupted, on which pytest writes its results, then killed."""
     start = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, cwd=ROOT, **start) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **start) as process:
         for end, wait in ((signal.SIGINT, max(seconds, 0)), (signal.SIGKILL, grace)):
             try:
                 output, _ = process.communicate(timeout=wait)
@@ -115,10 +116,12 @@ def check(results: Path, budget: float, tests: Sequence[str], parts: Sequence[st
             needed, rest, number = ONE_MODEL if part in ALONE else 0, [], 0
             if left() <= needed:
                 tell(part, (0, f"not begun: the budget of {budget:g} s is spent"))
+            # What was compiled before needs none, and a pool that starts as its process ends holds Python 3.12.1 up.
+            threads = {} if part in ALONE else {COMPILE_THREADS: "1"}
             while left() > needed:
                 file = Path(folder, f"{part}-{number}.json")
                 options = f"--part={part}", f"--budget={left() - needed:.0f}", f"--benchmark-json={file}", *rest
-                tell(part, run(pytest_of("benchmarks", *options), left() + GRACE))
+                tell(part, run(pytest_of("benchmarks", *options), left() + GRACE, **threads))
                 if not file.exists() or not file.stat().st_size:
                     break
                 written.append(file)
@@ -144,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="the JSON file to write")
     parser.add_argument("--budget", type=float, default=500, help="seconds after which nothing more is started")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # of each process
+    os.environ.setdefault(COMPILE_THREADS, "4")  # of each process
     return check(options.results, options.budget, gpu_tests())
 
 

@@ -104,6 +104,12 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
     output_json |= _about_the_run()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+    """The results are written next: of a step that is being compiled pytest would first read every frame's source."""
+    excinfo.traceback = excinfo.traceback[-1:]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Where nothing was timed pytest-benchmark writes nothing; why it was not is told all the same."""

@@ -28,7 +28,9 @@ def load(paths: Sequence[Path]) -> dict[str, Any]:
             found = part.get("run", {}).get(key)
             if found != first.get(key):
                 raise ValueError(f"{path}: {key}: expected {first.get(key)} as in {paths[0]}, got {found}")
-    merged = dict(parts[0])
+    merged: dict[str, Any] = {}
+    for part in reversed(parts):  # one that timed nothing has no date
+        merged |= part
     for key in ("benchmarks", "not_run"):
         merged[key] = [one for part in parts for one in part.get(key, [])]
     merged["not_run"] = list({one["test"]: one for one in merged["not_run"]}.values())

@@ -112,6 +112,7 @@ def test_the_cmake_that_was_installed_for_the_build_comes_before_the_machines(tm
 @pytest.mark.skipif(not CAN_BUILD or not is_installed("pybind11"), reason="needs cmake, ninja and pybind11")
 def test_a_source_distribution_holds_all_that_its_build_reads(tmp_path) -> None:
     """It is configured; ninja says what it would do, and that no source is missing."""
+
     def add_tests() -> None:  # setuptools would take tests/test*.py
         (tmp_path / "tests").mkdir()
         (tmp_path / "tests" / "test_it.py").touch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import check, files, goals, prefer, whole_models
+from benchmarks import check, conftest, files, goals, prefer, whole_models
 from benchmarks.cases import all_cases, pairs
 from benchmarks.files import CAPTURE_FAILED
 from benchmarks.parts import ALONE, PARTS
@@ -93,6 +94,17 @@ def test_files_as_one(tmp_path, capsys) -> None:
     assert files.load(paths[:1]) == part("DSMoE-L-E16")
     paths = saved(tmp_path, one=part("DSMoE-L-E16", command="a"), two=part("DSMoE-L-E48", command="b"))
     assert files.load(paths)["run"]["command"] == "a; b"
+    nothing = {key: value for key, value in part("DSMoE-L-E16").items() if key != "datetime"} | {"benchmarks": []}
+    assert files.load(saved(tmp_path, one=nothing, two=part("DSMoE-L-E48")))["datetime"] == part("x")["datetime"]
+
+
+def test_an_interrupted_benchmark_is_told_by_its_last_frame() -> None:
+    """Else pytest reads the sources of all of torch.compile before the results are written."""
+    with pytest.raises(KeyboardInterrupt) as told:
+        (lambda: signal.raise_signal(signal.SIGINT))()
+    assert len(told.traceback) > 1
+    conftest.pytest_keyboard_interrupt(told)
+    assert len(told.traceback) == 1 and told.getrepr()
 
 
 def test_what_another_file_timed_was_run(tmp_path) -> None:
@@ -126,6 +138,7 @@ def test_what_is_no_file_of_results(content, tmp_path) -> None:
 
 def test_a_process_is_given_its_time() -> None:
     assert check.run([sys.executable, "-c", "print('done')"], 60) == (0, "done")
+    assert check.run([sys.executable, "-c", "import os; print(os.environ['THREADS'])"], 60, THREADS="1") == (0, "1")
     status, told = check.run([sys.executable, "-c", "import sys; print('no'); sys.exit(3)"], 60)
     assert (status, told) == (3, "no")
     stubborn = "import signal, time; signal.signal(signal.SIGINT, lambda *_: print('asked', flush=True)); "
@@ -169,10 +182,12 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
 
 
 def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypatch, capsys) -> None:
-    commands = []
+    commands, threads = [], {}
 
-    def run(command: list[str], seconds: float) -> tuple[int, str]:
+    def run(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
         commands.append(words := " ".join(command))
+        if "--benchmark-json=" in words:
+            threads[words.split("--part=")[1].split()[0]] = environment.get(check.COMPILE_THREADS)
         written = [word.partition("=")[2] for word in command if word.startswith("--benchmark-json=")]
         if written and "--part=layers" not in words:
             name = "DSMoE-L-E48" if "--part=attention" in words else "DSMoE-L-E16"
@@ -191,6 +206,7 @@ def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypa
     assert sum("-m gpu" in words for words in commands) == 2
     warmed = [words.split("--part=")[1].split()[0] for words in commands if "--benchmark-disable" in words]
     assert sorted(warmed) == sorted(set(PARTS) - set(ALONE))  # a whole model leaves the tests no memory
+    assert {name for name, number in threads.items() if number != "1"} == set(ALONE)  # what was not compiled before
     budgets = {words.split("--part=")[1].split()[0]: words.split("--budget=")[1].split()[0] for words in timed}
     assert float(budgets["models"]) < float(budgets["extras"]) - 40
 
@@ -198,7 +214,7 @@ def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypa
 def test_what_a_failed_capture_kept_from_running_runs_in_another_process(tmp_path, monkeypatch, capsys) -> None:
     commands = []
 
-    def run(command: list[str], seconds: float) -> tuple[int, str]:
+    def run(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
         if not (written := [word.partition("=")[2] for word in command if word.startswith("--benchmark-json=")]):
             return 0, "told"
         commands.append(command)
@@ -255,7 +271,7 @@ def test_a_failed_capture_ends_the_times_of_its_process(tmp_path) -> None:
 
 def test_a_spent_budget_starts_nothing(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(check, "build", lambda: (0, "built"))
-    monkeypatch.setattr(check, "run", lambda command, seconds: (0, "told") if seconds > 0 else (1, "late"))
+    monkeypatch.setattr(check, "run", lambda command, seconds, **_: (0, "told") if seconds > 0 else (1, "late"))
     assert check.check(tmp_path / "gpu.json", 0.0, []) == 1
     assert capsys.readouterr().out.count("not begun: the budget of 0 s is spent") == len(PARTS)
     assert not (tmp_path / "gpu.json").exists()

@@ -88,9 +88,17 @@ def test_experts_are_as_accurate_as_pytorch(name, backend, dtype) -> None:
         assert_error_within(ours[key], plain[key], expected, FACTOR[dtype], name=f"{name}, {key}, {dtype}")
 
 
+@pytest.fixture
+def tf32():
+    """Not by monkeypatch, which would delete what this setting has by its class."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("name", ["DSMoE-L-E16", "DSMoE-L-E48", "DiffMoE-L-E8", "odd"])
-def test_tf32_is_as_accurate_as_pytorch(name, monkeypatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+def test_tf32_is_as_accurate_as_pytorch(name, tf32) -> None:
     routing, inputs = inputs_of(SHAPES[name])
     wide = {key: tensor.double() for key, tensor in inputs.items()}
     exact = run(routing, wide, torch.float64, SHAPES[name][-1], "reference", torch.float32)
