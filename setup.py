@@ -55,7 +55,7 @@ def extensions() -> list[Extension]:
 
 
 class Build(build_py):
-    """The Python files. Installed in place they would go on loading the extension of an earlier build."""
+    """Removes, in an editable install without the extension, a stale `_C` that would still be imported."""
 
     def run(self) -> None:
         super().run()
@@ -89,7 +89,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        shutil.rmtree(folder, ignore_errors=True)  # of another environment's pybind11
+        shutil.rmtree(folder, ignore_errors=True)  # it may point at another environment's pybind11
         environment = os.environ | {"PATH": path_of_tools()}
         for command in (configure, ["cmake", "--build", str(folder)]):
             subprocess.run(command, env=environment, check=True)

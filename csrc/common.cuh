@@ -1,4 +1,4 @@
-// What the kernels share: launches whose errors name the kernel, 16-bit floats, runs of 16 bytes, and warps.
+// What the kernels share: launches whose errors name the kernel, 16-bit floats, vectors of 16 bytes, and warps.
 #pragma once
 
 #ifndef DIFFMOE_ON_CPU  // where tests run the kernels on the CPU, they bring CUDA's names themselves
@@ -36,26 +36,26 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t grid, int t
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "a kernel takes as many arguments as parameters");
   if (grid == 0) return;
   const auto fail = [&](const std::string& reason) {
-    std::ostringstream told;
+    std::ostringstream message;
     const char* comma = "";
-    told << "kernel " << name << "(";
-    ((told << comma << arguments, comma = ", "), ...);
-    told << ") on a grid of " << grid << " blocks of " << threads << " threads: " << reason;
-    throw std::runtime_error(told.str());
+    message << "kernel " << name << "(";
+    ((message << comma << arguments, comma = ", "), ...);
+    message << ") on a grid of " << grid << " blocks of " << threads << " threads: " << reason;
+    throw std::runtime_error(message.str());
   };
   if (grid < 0 || grid > INT32_MAX) fail("the grid is too large");
 #ifdef DIFFMOE_ON_CPU
   (void)stream;
   on_cpu::run(name, kernel, grid, threads, static_cast<Parameters>(arguments)...);
 #else
-  const auto on = reinterpret_cast<cudaStream_t>(stream);
-  kernel<<<static_cast<unsigned>(grid), threads, 0, on>>>(arguments...);
+  const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
+  kernel<<<static_cast<unsigned>(grid), threads, 0, cuda_stream>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
-    const bool of_any = error == cudaErrorIllegalAddress || error == cudaErrorMisalignedAddress ||
-                        error == cudaErrorAssert || error == cudaErrorLaunchFailure;
+    const bool is_asynchronous = error == cudaErrorIllegalAddress || error == cudaErrorMisalignedAddress ||
+                                 error == cudaErrorAssert || error == cudaErrorLaunchFailure;
     fail(std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error) +
-         (of_any ? ", in this kernel or one that was launched before it" : ""));
+         (is_asynchronous ? ", in this kernel or one that was launched before it" : ""));
   }
 #endif
 }
@@ -88,7 +88,7 @@ __device__ inline Half from_float<Half>(float x) {
 
 // N numbers that lie side by side and are moved at once.
 template <class T, int N>
-struct alignas(sizeof(T) * N) Run {
+struct alignas(sizeof(T) * N) Vec {
   T values[N];
 };
 
@@ -112,7 +112,7 @@ void with_type(int type, Function function) {
 
 // Calls function(T{}, N) with N, a constant, the numbers in 16 bytes where every row begins at such an address, else 1.
 template <class Function, class... Addresses>
-void with_runs(int type, int64_t columns, Function function, Addresses... addresses) {
+void with_vectors(int type, int64_t columns, Function function, Addresses... addresses) {
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kNumbers = 16 / sizeof(T);

@@ -6,7 +6,7 @@ namespace diffmoe {
 
 namespace {
 
-// Nothing launches it: that the driver has it says that it has the code of all.
+// Never launched: where the driver can load this kernel it can load all of them.
 [[maybe_unused]] __global__ void probe_kernel() {}
 
 }  // namespace

@@ -9,9 +9,9 @@ namespace diffmoe {
 using Pointer = std::uintptr_t;  // on the device; 0 for a tensor that is not there
 using Stream = std::uintptr_t;   // a cudaStream_t
 
-// device.cu: in CUDA's words, or nothing where there is a device.
+// device.cu: CUDA's reason why there is no usable device; empty where there is one.
 std::string why_no_device();
-// In CUDA's words why this build has no code for the current device, or the driver is too old; or nothing.
+// CUDA's reason why this build can't run on the current device: no code for it, or too old a driver; or empty.
 std::string why_not_here();
 
 // permute.cu

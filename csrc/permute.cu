@@ -7,29 +7,29 @@ namespace diffmoe {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 4;  // runs that a thread moves at once
+constexpr int kInFlight = 4;  // vectors that a thread moves at once
 
 // x (T, D), token_indices (R,), group_offsets (E,) -> out (R, D), whose padding is not written
-template <class Unit>
+template <class Vector>
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const Unit* __restrict__ x, const int* __restrict__ token_indices,
-                  const int* __restrict__ group_offsets, Unit* __restrict__ out, int num_groups, int units) {
-  const int64_t end = static_cast<int64_t>(group_offsets[num_groups - 1]) * units;
+    gather_kernel(const Vector* __restrict__ x, const int* __restrict__ token_indices,
+                  const int* __restrict__ group_offsets, Vector* __restrict__ out, int num_groups, int vectors) {
+  const int64_t end = static_cast<int64_t>(group_offsets[num_groups - 1]) * vectors;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * (kThreads * kInFlight);
   if (begin >= end) return;
-  const int64_t first_row = begin / units;
-  const unsigned offset = static_cast<unsigned>(begin - first_row * units) + threadIdx.x;
+  const int64_t first_row = begin / vectors;
+  const unsigned offset = static_cast<unsigned>(begin - first_row * vectors) + threadIdx.x;
   // Past the end, where nothing is written, the last row is read: no branch keeps one load from the next.
-  const int64_t last_row = end / units - 1;
+  const int64_t last_row = end / vectors - 1;
   int tokens[kInFlight];
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
-    tokens[i] = token_indices[min(first_row + (offset + i * kThreads) / units, last_row)];
+    tokens[i] = token_indices[min(first_row + (offset + i * kThreads) / vectors, last_row)];
   }
-  Unit held[kInFlight];
+  Vector held[kInFlight];
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
-    held[i] = x[static_cast<int64_t>(tokens[i]) * units + (offset + i * kThreads) % units];
+    held[i] = x[static_cast<int64_t>(tokens[i]) * vectors + (offset + i * kThreads) % vectors];
   }
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
@@ -43,26 +43,26 @@ template <class T, int N, bool kHasGates>
 __global__ void __launch_bounds__(kThreads)
     gather_sum_kernel(const T* __restrict__ rows, const float* __restrict__ gates,
                       const int* __restrict__ token_offsets, const int* __restrict__ token_rows, T* __restrict__ out,
-                      int num_tokens, int units) {
-  using Unit = Run<T, N>;
+                      int num_tokens, int vectors) {
+  using Vector = Vec<T, N>;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t token = at / units;
+  const int64_t token = at / vectors;
   if (token >= num_tokens) return;
-  const int64_t column = at - token * units;
+  const int64_t column = at - token * vectors;
   const int begin = token_offsets[token], end = token_offsets[token + 1];
   float total[N] = {};
   for (int first = begin; first < end; first += kInFlight) {
     int row[kInFlight];
     float gate[kInFlight];
-    Unit unit[kInFlight];
+    Vector loaded[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) row[i] = first + i < end ? token_rows[first + i] : -1;
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      unit[i] = {};
+      loaded[i] = {};
       gate[i] = 0.0f;
       if (row[i] >= 0) {
-        unit[i] = reinterpret_cast<const Unit*>(rows)[static_cast<int64_t>(row[i]) * units + column];
+        loaded[i] = reinterpret_cast<const Vector*>(rows)[static_cast<int64_t>(row[i]) * vectors + column];
         if (kHasGates) gate[i] = gates[row[i]];
       }
     }
@@ -70,15 +70,15 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kInFlight; ++i) {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const float value = to_float(unit[i].values[n]);
+        const float value = to_float(loaded[i].values[n]);
         if (row[i] >= 0) total[n] += kHasGates ? value * gate[i] : value;
       }
     }
   }
-  Unit sum;
+  Vector sum;
 #pragma unroll
   for (int i = 0; i < N; ++i) sum.values[i] = from_float<T>(total[i]);
-  reinterpret_cast<Unit*>(out)[at] = sum;
+  reinterpret_cast<Vector*>(out)[at] = sum;
 }
 
 // rows (R, D), gates (R,), token_indices (R,), group_offsets (E,), grad_out (T, D) -> grad_rows (R, D), grad_gates (R,)
@@ -88,41 +88,42 @@ __global__ void __launch_bounds__(kThreads, 2)
     unpermute_backward_kernel(const T* __restrict__ rows, const float* __restrict__ gates,
                               const int* __restrict__ token_indices, const int* __restrict__ group_offsets,
                               const T* __restrict__ grad_out, T* __restrict__ grad_rows, float* __restrict__ grad_gates,
-                              int num_groups, int num_rows, int units) {
-  using Unit = Run<T, N>;
+                              int num_groups, int num_rows, int vectors) {
+  using Vector = Vec<T, N>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (row >= num_rows) return;
-  Unit* const grad_row = reinterpret_cast<Unit*>(grad_rows) + row * units;
+  Vector* const grad_row = reinterpret_cast<Vector*>(grad_rows) + row * vectors;
   if (row >= group_offsets[num_groups - 1]) {
-    for (int column = lane; column < units; column += kWarp) grad_row[column] = {};
+    for (int column = lane; column < vectors; column += kWarp) grad_row[column] = {};
     if (lane == 0) grad_gates[row] = 0.0f;
     return;
   }
-  const Unit* const grad = reinterpret_cast<const Unit*>(grad_out) + static_cast<int64_t>(token_indices[row]) * units;
-  const Unit* const value = reinterpret_cast<const Unit*>(rows) + row * units;
+  const Vector* const grad =
+      reinterpret_cast<const Vector*>(grad_out) + static_cast<int64_t>(token_indices[row]) * vectors;
+  const Vector* const value = reinterpret_cast<const Vector*>(rows) + row * vectors;
   const float gate = gates[row];
   float product = 0.0f;
-  for (int first = lane; first < units; first += kWarp * kInFlight) {
-    Unit own_grad[kInFlight], own_value[kInFlight];
+  for (int first = lane; first < vectors; first += kWarp * kInFlight) {
+    Vector own_grad[kInFlight], own_value[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int column = first + i * kWarp;
       own_grad[i] = own_value[i] = {};
-      if (column < units) {
+      if (column < vectors) {
         own_grad[i] = grad[column];
         own_value[i] = value[column];
       }
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      Unit result;
+      Vector result;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         product += to_float(own_grad[i].values[n]) * to_float(own_value[i].values[n]);
         result.values[n] = from_float<T>(to_float(own_grad[i].values[n]) * gate);
       }
-      if (first + i * kWarp < units) grad_row[first + i * kWarp] = result;
+      if (first + i * kWarp < vectors) grad_row[first + i * kWarp] = result;
     }
   }
   product = warp_sum(product);
@@ -133,29 +134,29 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 void gather(Pointer x, Pointer token_indices, Pointer group_offsets, Pointer out, int num_groups, int64_t num_rows,
             int64_t columns, int type, Stream stream) {
-  with_runs(
+  with_vectors(
       type, columns,
       [&](auto zero, auto numbers) {
-        using Unit = Run<decltype(zero), numbers()>;
-        const int64_t units = columns / numbers();
-        launch("gather", gather_kernel<Unit>, ceil_div(num_rows * units, kThreads * kInFlight), kThreads, stream,
-               pointer<const Unit>(x), pointer<const int>(token_indices), pointer<const int>(group_offsets),
-               pointer<Unit>(out), num_groups, static_cast<int>(units));
+        using Vector = Vec<decltype(zero), numbers()>;
+        const int64_t vectors = columns / numbers();
+        launch("gather", gather_kernel<Vector>, ceil_div(num_rows * vectors, kThreads * kInFlight), kThreads, stream,
+               pointer<const Vector>(x), pointer<const int>(token_indices), pointer<const int>(group_offsets),
+               pointer<Vector>(out), num_groups, static_cast<int>(vectors));
       },
       x, out);
 }
 
 void gather_sum(Pointer rows, Pointer gates, Pointer token_offsets, Pointer token_rows, Pointer out, int64_t num_tokens,
                 int64_t columns, int type, Stream stream) {
-  with_runs(
+  with_vectors(
       type, columns,
       [&](auto zero, auto numbers) {
         using T = decltype(zero);
-        const int64_t units = columns / numbers();
+        const int64_t vectors = columns / numbers();
         const auto kernel = gates ? gather_sum_kernel<T, numbers(), true> : gather_sum_kernel<T, numbers(), false>;
-        launch("gather_sum", kernel, ceil_div(num_tokens * units, kThreads), kThreads, stream, pointer<const T>(rows),
+        launch("gather_sum", kernel, ceil_div(num_tokens * vectors, kThreads), kThreads, stream, pointer<const T>(rows),
                pointer<const float>(gates), pointer<const int>(token_offsets), pointer<const int>(token_rows),
-               pointer<T>(out), static_cast<int>(num_tokens), static_cast<int>(units));
+               pointer<T>(out), static_cast<int>(num_tokens), static_cast<int>(vectors));
       },
       rows, out);
 }
@@ -163,7 +164,7 @@ void gather_sum(Pointer rows, Pointer gates, Pointer token_offsets, Pointer toke
 void unpermute_backward(Pointer rows, Pointer gates, Pointer token_indices, Pointer group_offsets, Pointer grad_out,
                         Pointer grad_rows, Pointer grad_gates, int num_groups, int64_t num_rows, int64_t columns,
                         int type, Stream stream) {
-  with_runs(
+  with_vectors(
       type, columns,
       [&](auto zero, auto numbers) {
         using T = decltype(zero);

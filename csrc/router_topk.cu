@@ -1,8 +1,9 @@
 // router_topk: a counting sort in two launches, no global atomics, the same bits every run.
-// T tokens, E experts, K choices a token, R = T K rows, C chunks of as many tokens each, but for the last.
+// T tokens, E experts, K choices a token, R = T K rows, C chunks of equal size, the last one possibly shorter.
 //
 // 1. choose_kernel: a warp scores a token and chooses its experts; a block counts its chunk's choices by expert.
-// 2. place_kernel: a block sums the counts of all chunks and of those before its own, ranks its tokens among those of
+// 2. place_choices_kernel: a block sums the counts of all chunks and of those before its own, ranks its tokens among
+// those of
 //    its chunk by bits, one a token, and writes weights and record.
 #include "common.cuh"
 #include "ops.h"
@@ -12,7 +13,7 @@ namespace diffmoe {
 namespace {
 
 constexpr int kMaxExperts = 256;
-constexpr int kMaxChunks = 256;  // all counts are read by every block of place_kernel
+constexpr int kMaxChunks = 256;  // all counts are read by every block of place_choices_kernel
 constexpr int kChooseThreads = 1024;
 constexpr int kPlaceThreads = 256;
 constexpr int kWords = kPlaceThreads / kWarp;
@@ -145,10 +146,11 @@ __global__ void __launch_bounds__(kChooseThreads)
 // scores (T, E), topk_ids (T, K), counts (C, E) -> topk_weights (T, K), token_indices (R,), gates (R,),
 // group_offsets (E,), token_offsets (T + 1,), token_rows (R,)
 __global__ void __launch_bounds__(kPlaceThreads)
-    place_kernel(const float* __restrict__ scores, const int* __restrict__ topk_ids, const int* __restrict__ counts,
-                 float* __restrict__ topk_weights, int* __restrict__ token_indices, float* __restrict__ gates,
-                 int* __restrict__ group_offsets, int* __restrict__ token_offsets, int* __restrict__ token_rows,
-                 int num_tokens, int chunk, int num_chunks, int num_experts, int top_k, bool normalize, float scale) {
+    place_choices_kernel(const float* __restrict__ scores, const int* __restrict__ topk_ids,
+                         const int* __restrict__ counts, float* __restrict__ topk_weights,
+                         int* __restrict__ token_indices, float* __restrict__ gates, int* __restrict__ group_offsets,
+                         int* __restrict__ token_offsets, int* __restrict__ token_rows, int num_tokens, int chunk,
+                         int num_chunks, int num_experts, int top_k, bool normalize, float scale) {
   __shared__ int next_row[kMaxExperts];  // of the chunk's next token that chose the expert
   __shared__ int totals[kMaxExperts];
   __shared__ unsigned choosers[kWords][kMaxExperts];  // of 32 tokens each, a bit for each that chose the expert
@@ -315,7 +317,7 @@ void router_topk(Pointer logits, Pointer bias, Pointer scores, Pointer topk_ids,
              chunk, num_experts, top_k, softmax, num_groups, top_groups, fill);
     });
   });
-  launch("place", place_kernel, num_chunks, kPlaceThreads, stream, pointer<const float>(scores),
+  launch("place_choices", place_choices_kernel, num_chunks, kPlaceThreads, stream, pointer<const float>(scores),
          pointer<const int>(topk_ids), pointer<const int>(counts), pointer<float>(topk_weights),
          pointer<int>(token_indices), pointer<float>(gates), pointer<int>(group_offsets), pointer<int>(token_offsets),
          pointer<int>(token_rows), tokens, chunk, num_chunks, num_experts, top_k, normalize, scale);

@@ -20,8 +20,8 @@ __device__ inline int block_sum(int value, int* parts) {
   return sum;
 }
 
-// Of the keys that for_each_key hands to its function, the one with so many above or equal to it, wanted of them: as
-// many as there are at least, and one at least. On return wanted is how many of those equal to it are among them.
+// The *wanted-th largest of the keys that for_each_key passes to its argument, which are *wanted at least; 1 <=
+// *wanted. On return *wanted is its rank among those equal to it.
 template <class ForEachKey>
 __device__ unsigned radix_select(ForEachKey for_each_key, int* wanted, int* histogram, int* parts, int* found) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

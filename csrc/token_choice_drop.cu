@@ -7,7 +7,7 @@ namespace diffmoe {
 namespace {
 
 constexpr int kHeld = 10240;  // slots of one expert in shared memory; of more, all are read again
-constexpr int kInFlight = 4;  // runs of ids that a thread reads at once
+constexpr int kInFlight = 4;  // vectors of ids that a thread reads at once
 
 // ids (R,), scores (R,) -> kept (R,), a copy of the ids: -1 in those past an expert's best, num_dropped (E,)
 template <class I, int N, class S>
@@ -33,23 +33,24 @@ __global__ void __launch_bounds__(kCutThreads, 1)
       if (at < kHeld) held[at] = slot_of(__ffs(own) - 1);
     }
   };
-  const unsigned runs = num_slots / N;
-  for (unsigned base = threadIdx.x; base - threadIdx.x < runs; base += kCutThreads * kInFlight) {
-    Run<I, N> some[kInFlight];
+  const unsigned vectors = num_slots / N;
+  for (unsigned base = threadIdx.x; base - threadIdx.x < vectors; base += kCutThreads * kInFlight) {
+    Vec<I, N> some[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      some[i] = reinterpret_cast<const Run<I, N>*>(ids)[min(base + i * kCutThreads, runs - 1)];
+      some[i] = reinterpret_cast<const Vec<I, N>*>(ids)[min(base + i * kCutThreads, vectors - 1)];
     }
     unsigned own = 0;
 #pragma unroll
     for (int bit = 0; bit < kInFlight * N; ++bit) {
-      const bool is_own = base + bit / N * kCutThreads < runs && some[bit / N].values[bit % N] == expert;
+      const bool is_own = base + bit / N * kCutThreads < vectors && some[bit / N].values[bit % N] == expert;
       own |= static_cast<unsigned>(is_own) << bit;
     }
     hold(own, [&](int bit) { return static_cast<int>((base + bit / N * kCutThreads) * N + bit % N); });
   }
-  const unsigned rest = runs * N + threadIdx.x;  // fewer than a run's
-  hold(rest < static_cast<unsigned>(num_slots) && ids[rest] == expert, [&](int) { return static_cast<int>(rest); });
+  const unsigned tail_slot = vectors * N + threadIdx.x;  // fewer than a vector has
+  hold(tail_slot < static_cast<unsigned>(num_slots) && ids[tail_slot] == expert,
+       [&](int) { return static_cast<int>(tail_slot); });
   __syncthreads();
   if (threadIdx.x == 0) num_dropped[expert] = max(size - capacity, 0);
   if (size <= capacity) return;

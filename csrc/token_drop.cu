@@ -3,7 +3,8 @@
 // pool. Its cut: keys above it are chosen, and of those equal to it the first few, its ties, in token order.
 //
 // 1. cut_kernel: a block finds a segment's cut digit by digit, and counts the chosen in each of its chunks.
-// 2. place_kernel: a block sums the counts of the chunks before its own, and ranks its tokens by bits, one a token.
+// 2. place_chosen_kernel: a block sums the counts of the chunks before its own, and ranks its tokens by bits, one a
+// token.
 #include "common.cuh"
 #include "ops.h"
 #include "select.cuh"
@@ -15,7 +16,7 @@ constexpr int kMaxExperts = 256;
 constexpr int kHeld = 16;  // keys that a thread of cut_kernel keeps in registers
 constexpr int kPlaceThreads = 256;
 constexpr int kWords = kPlaceThreads / kWarp;
-constexpr int kMaxChunks = 256;  // of a pool: each block of place_kernel reads the counts of those before
+constexpr int kMaxChunks = 256;  // of a pool: each block of place_chosen_kernel reads the counts of those before
 
 template <class T>
 __device__ bool passes(T logit, float threshold) {
@@ -101,12 +102,13 @@ __global__ void __launch_bounds__(kCutThreads)
 // -> gates (R,), token_indices (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,), num_dropped ()
 template <class S, class L>
 __global__ void __launch_bounds__(kPlaceThreads)
-    place_kernel(const S* __restrict__ scores, const L* __restrict__ logits, const float* __restrict__ thresholds,
-                 const unsigned* __restrict__ cuts, const int* __restrict__ ties, const int* __restrict__ wanted,
-                 const unsigned* __restrict__ counts, float* __restrict__ gates, int* __restrict__ token_indices,
-                 int* __restrict__ group_offsets, int* __restrict__ token_offsets, int* __restrict__ token_rows,
-                 int64_t* __restrict__ num_dropped, int num_pools, int pool_size, int num_experts, int capacity,
-                 int chunk, int num_chunks, int64_t num_rows, bool by_token) {
+    place_chosen_kernel(const S* __restrict__ scores, const L* __restrict__ logits,
+                        const float* __restrict__ thresholds, const unsigned* __restrict__ cuts,
+                        const int* __restrict__ ties, const int* __restrict__ wanted,
+                        const unsigned* __restrict__ counts, float* __restrict__ gates, int* __restrict__ token_indices,
+                        int* __restrict__ group_offsets, int* __restrict__ token_offsets, int* __restrict__ token_rows,
+                        int64_t* __restrict__ num_dropped, int num_pools, int pool_size, int num_experts, int capacity,
+                        int chunk, int num_chunks, int64_t num_rows, bool by_token) {
   __shared__ int starts[kMaxExperts];                       // of the pool's rows
   __shared__ int aboves[kMaxExperts], equals[kMaxExperts];  // of the pool's tokens so far
   __shared__ unsigned cut_of[kMaxExperts];
@@ -285,8 +287,8 @@ void token_drop(Pointer scores, Pointer logits, Pointer thresholds, Pointer cuts
            pointer<const S>(scores), pointer<const L>(logits), pointer<const float>(thresholds),
            pointer<unsigned>(cuts), pointer<int>(ties), pointer<int>(wanted), pointer<unsigned>(counts),
            static_cast<int>(pool_size), num_experts, capacity, chunk, num_chunks, by_token);
-    launch("place_chosen", place_kernel<S, L>, static_cast<int64_t>(num_pools) * num_chunks, kPlaceThreads, stream,
-           pointer<const S>(scores), pointer<const L>(logits), pointer<const float>(thresholds),
+    launch("place_chosen", place_chosen_kernel<S, L>, static_cast<int64_t>(num_pools) * num_chunks, kPlaceThreads,
+           stream, pointer<const S>(scores), pointer<const L>(logits), pointer<const float>(thresholds),
            pointer<const unsigned>(cuts), pointer<const int>(ties), pointer<const int>(wanted),
            pointer<const unsigned>(counts), pointer<float>(gates), pointer<int>(token_indices),
            pointer<int>(group_offsets), pointer<int>(token_offsets), pointer<int>(token_rows),

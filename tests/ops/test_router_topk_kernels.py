@@ -130,7 +130,7 @@ def test_chunks_of_more_tokens_than_a_warp(backend, num_tokens):
 
 @pytest.mark.parametrize("backend", [CUDA])
 def test_chunks_of_more_tokens_than_a_block(backend):
-    """257 tokens a chunk, one more than `place_kernel` ranks at once; all its warps clear what they rank by."""
+    """257 tokens a chunk, one more than `place_choices_kernel` ranks at once; all its warps clear what they rank by."""
     if not ON_CPU:
         pytest.skip("the order is the GPU's")
     try:
@@ -270,7 +270,7 @@ def launched(monkeypatch, backend):
     return take
 
 
-LAUNCHES = {"triton": ["_choose_kernel", "_scan_kernel", "_place_kernel"], "cuda": ["choose", "place"]}
+LAUNCHES = {"triton": ["_choose_kernel", "_scan_kernel", "_place_kernel"], "cuda": ["choose", "place_choices"]}
 
 
 def test_three_launches_or_two_and_one(backend, launched):

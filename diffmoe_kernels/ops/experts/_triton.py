@@ -27,7 +27,7 @@ def passed(h, ACTIVATION: tl.constexpr):
         slope = scale * (1.0 + 3.0 * 0.044715 * h * h)
     else:
         argument, slope = h, 1.0
-    return 1.0 / (1.0 + tl.exp2(argument * -1.4426950408889634)), slope  # exp asks of each number if it is subnormal
+    return 1.0 / (1.0 + tl.exp2(argument * -1.4426950408889634)), slope  # tl.exp adds a check for subnormals
 
 
 @triton.jit

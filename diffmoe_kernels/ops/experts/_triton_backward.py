@@ -72,7 +72,7 @@ def products_with_bias(grad, source, group, bias, valid, hidden_size: tl.constex
         at = source.to(tl.int64)[:, None] * hidden_size + columns[None, :]
         values = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
         added = tl.load(bias + group[:, None] * hidden_size + columns[None, :], mask=mask, other=0.0)
-        # The choice keeps the product from being fused with a sum, by which threads that share a row would differ.
+        # tl.where keeps the product from being fused into the sum, by which threads that share a row would differ.
         total += tl.sum(tl.where(mask, values * added.to(tl.float32), 0.0), 1)
     return total
 

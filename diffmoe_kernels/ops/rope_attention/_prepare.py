@@ -1,8 +1,8 @@
 """What the attention kernels do to q and k on their way in, and to their gradients on their way out, in Triton.
 
-Rows of a head come as a tuple of one tile, (BLOCK, 2 HALF), or of two, the other (BLOCK, 2 TAIL), where the channels
-d need less then: 72 are 64 and 8. Values and outputs have them in memory's order. q and k have the two side by side
-that the rotation turns, a pair, so that a thread needs no partner from elsewhere; their products do not mind the order.
+Rows of a head are a tuple of one tile, (BLOCK, 2 HALF), or of two, the other (BLOCK, 2 TAIL), where that wastes less
+padding: 72 channels are 64 and 8. Values and outputs keep memory's order. q and k hold each rotated pair in adjacent
+columns, so that the rotation needs no data from other threads; their product does not depend on the columns' order.
 HALF and TAIL count pairs, rounded up to powers of 2; what lies past d is 0 and neither read nor written.
 """
 
@@ -64,7 +64,7 @@ def _channels(ROPE: tl.constexpr, D: tl.constexpr, FROM: tl.constexpr, HALF: tl.
 
 @triton.jit
 def _mask(rows, num_rows, exists, WHOLE: tl.constexpr):
-    """(BLOCK, columns) which numbers are there; WHOLE: all rows are, which spares a comparison for each."""
+    """(BLOCK, columns) which numbers exist; WHOLE: every row does, so that none is compared."""
     if WHOLE:
         mask = tl.broadcast_to(exists[None, :], (rows.shape[0], exists.shape[0]))
     else:

@@ -25,8 +25,9 @@ from diffmoe_kernels.triton_support import chip_generation, multiprocessors, nex
 class AttentionTile:
     """m queries by n keys, warps and pipeline stages.
 
-    kept: blocks of what a program meets again and again that stay in shared memory, all of a head; 0 for none.
-    registers: that a thread may take, where the compiler would take one too many for two programs; None for any number.
+    kept: blocks of keys (in the backward of keys: of queries) that stay in shared memory across the loop, all of a
+        head; 0 for none.
+    registers: limit of a thread (maxnreg), where one fewer lets two programs fit on a multiprocessor; None for none.
     """
 
     m: int
