@@ -14,8 +14,11 @@ RESULTS ?= benchmarks/results/gpu.json
 BUDGET ?= 500
 FAMILIES := $(addsuffix -digits,DiT DSMoE DiffMoE TC-DiT EC-DiT JiT JiTMoE)
 
-.PHONY: build demo zoo test test-all test-emulated lint bench gpu-check clean
+.PHONY: help build demo zoo test test-all test-emulated lint bench gpu-check clean
 .DEFAULT_GOAL := test
+
+help:  ## what there is to make
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1: /p' Makefile
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,7 +48,7 @@ test-all: $(VENV)/.installed  ## the tests, and the reference vectors of a full 
 test-emulated: $(VENV)/.installed  ## the tests of the ops on what Triton and nvcc compile for sm_90, emulated
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --emulate 90 tests/ops
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed  ## ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror csrc/* tests/kernels/*.h

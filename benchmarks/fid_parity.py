@@ -80,7 +80,9 @@ class ParityConfig:
     cfg_scale: float = option(1.0, "guidance of the samples, 1 for none")
     inception: str | None = option(None, "file of Inception's weights, for FID; it stays unmeasured without")
     reference: str | None = option(None, ".npz of the reference batch's statistics, as ADM ships it, for FID")
-    jobs: int | None = option(None, "runs side by side, a thread each; on a CPU as many as threads, else 1 by default")
+    jobs: int | None = option(
+        None, "runs side by side: a thread each, all on one GPU; on a CPU as many as threads, else 1 by default"
+    )
     workers: int = option(0, "processes of each run that load data")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
     overwrite: bool = option(False, "start anew: delete what --output holds of these models")

@@ -14,8 +14,8 @@ SAME = ("device", "compute_capability", "driver", "torch", "cuda", "triton", "co
 
 
 def load(paths: Sequence[Path]) -> dict[str, Any]:
-    """The files as one: of a pair that two of them time the later counts, and the higher of each ceiling; what one of
-    them timed is not among what was not run, where of two reasons the later counts.
+    """The files as one. Of a pair that two of them time the later counts, of each ceiling the higher; what any file
+    timed is not among what was not run, where of two reasons the later counts.
 
     Raises:
         OSError: a file that can't be read.

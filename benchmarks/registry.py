@@ -118,10 +118,10 @@ class Provider:
         backend: this project's backend, or None where the provider is not of this project.
         compiled: by torch.compile.
         fullgraph: compiled without graph breaks, or it fails.
-        captured: in a CUDA graph; False where it waits for the device, so that none can hold it.
+        captured: in a CUDA graph; False where it synchronizes with the host, so that none can hold it.
         masters: float32 weights, cast inside.
         ceiling: another function of the same cost, which no reference checks.
-        needs: why it can't run on that machine for a reason of its own, such as a package that is not there, or None.
+        needs: why it can't run on that machine, such as a package that is missing, or None.
         regions: the parts of the module that torch.compile takes, each by itself.
     """
 

@@ -38,7 +38,9 @@ class SamplerConfig:
     official: str | None = option(
         None, "YAML file of the official model that --checkpoint is of: its target and params"
     )
-    weights: Weights | None = option(None, "moving average, a second one, or last step; the first that is there")
+    weights: Weights | None = option(
+        None, "ema, ema2 or model (last step); default: ema of a run, the first there of --official"
+    )
     num_samples: int = option(100, "how many images, as many of each class")
     classes: list[int] | None = option(None, "labels to sample, all by default", items=int)
     method: Method | None = option(None, "sampler: euler, heun (two calls a step), dopri5; for ddpm ancestral, ddim")

@@ -12,7 +12,7 @@ from models.training.config import TrainConfig
 from models.training.trainer import CONFIG_FILE, NonFiniteError, Trainer
 
 LATENT_CHANNELS = 4
-FIRST_WEIGHTS = 0.05  # the share of an average above which samples show it
+FIRST_WEIGHTS = 0.05  # the share of an average above which samples show the initial weights
 DESCRIPTION = """Train a diffusion transformer, in a run directory of its own. Ctrl-C stops it with
 a checkpoint; --resume goes on from there with the run's own options."""
 
@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
 
 
 def notes(trainer: Trainer) -> list[str]:
-    """What is allowed, and seldom meant."""
+    """Warnings of settings that are legal and probably not intended."""
     config, model, found = trainer.config, trainer.model.config, []
     usual = CONFIGS[config.model].in_channels
     if usual == LATENT_CHANNELS != model.in_channels and "in_channels" not in config.model_options:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop at the next good moment."""
+"""The first Ctrl-C or SIGTERM as a request to stop after the current step."""
 
 import signal
 import threading

@@ -65,7 +65,7 @@ def model_overrides(options: dict[str, Any], data: DataSplits) -> dict[str, Any]
 
 
 def trainable_model(name: str, overrides: dict[str, Any]) -> nn.Module:
-    """`create_model`, but that without label dropout nothing is the label of no class.
+    """`create_model`; where labels are never dropped in training there is no label of no class: guidance is refused.
 
     JiT has an embedding for that all the same, which official checkpoints bring and training would leave at random.
     """
