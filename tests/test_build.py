@@ -222,7 +222,7 @@ def test_loads_of_16_bytes_are_in_flight_together(library) -> None:
     for part, before, wanted in (
         ("gather_sum_kernelINS_8BFloat16ELi8ELb1", "FFMA", 4),
         ("unpermute_backward_kernelINS_8BFloat16ELi8", "FFMA", 8),
-        ("gather_kernelINS_3RunINS_8BFloat16ELi8", "STG", 3),
+        ("gather_kernelINS_3VecINS_8BFloat16ELi8", "STG", 3),
     ):
         (name,) = (name for name in resources(library)["sm_90a"] if part in name)
         command = [tool(), "-sass", "-arch", "sm_90a", "-fun", name, library]
