@@ -25,7 +25,8 @@ from models.training.trainer import NonFiniteError, Trainer, TrainResult
 
 MODELS = ["DSMoE-digits", "DiT-digits"]
 NOTES = """digits-FD: distance of 500 samples to 500 held-out images, lower is better; floor: of 500 training images.
-KID: kernel distance of the same features, with its error; 0 is best. Losses of different objectives do not compare.
+KID: kernel distance of the same features, with its s.d. between random subsets; 0 is best.
+Losses of different objectives do not compare.
 Nearer to training images: share of samples nearer to one than the median held-out image is; 50% is fresh.
 grid.png: of each class the most typical of 50 samples; samples as they come are in each run's samples folder."""
 

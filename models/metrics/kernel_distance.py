@@ -1,4 +1,4 @@
-"""The kernel distance between two sets of features, with its error."""
+"""The kernel distance between two sets of features, with its standard deviation between random subsets."""
 
 import torch
 from torch import Tensor
