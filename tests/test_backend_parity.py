@@ -11,6 +11,7 @@ from benchmarks.parity import backends
 from benchmarks.parity.backends import Measure, Trained, blobs, compare_backends, train
 from diffmoe_kernels.triton_support import INTERPRETED
 from models import create_model
+from tests.models.runs import one_thread
 
 TINY = {"hidden_size": 16, "depth": 2, "num_heads": 2, "num_experts": 4}
 BATCHES = blobs(12, 8)
@@ -27,11 +28,9 @@ def tiny_diffmoe(backend):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def threads():
+    with one_thread():
+        yield
 
 
 @pytest.mark.parametrize("make_model", [tiny, tiny_diffmoe])

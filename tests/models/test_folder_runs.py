@@ -46,11 +46,6 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae"))
-
-
-@pytest.fixture(scope="module")
 def latents(images, vae, tmp_path_factory):
     output = tmp_path_factory.mktemp("encoded") / "latents"
     words = ["--data", str(images), "--autoencoder", vae, "--output", str(output), "--image-size", "16"]

@@ -15,42 +15,15 @@ from models.data import load_dataset
 from models.data.encoding import encode_folder
 from models.data.folder import load_folder
 from models.data.latents import Autoencoder, LatentFolder, draw_latents, load_latents, with_autoencoder
+from tests.models.conftest import SIZE
 from tests.models.helpers import save_vae
-
-SIZE = 16
+from tests.models.runs import one_thread
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Two classes of three and two images."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for name in ("a/0", "a/1", "a/2", "b/0", "b/1"):
-        path = root / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(path)
-    return root
-
-
-@pytest.fixture
-def latents(images, vae, tmp_path):
-    encode_folder(images, vae, tmp_path / "latents", image_size=SIZE, batch_size=2)
-    return tmp_path / "latents"
+def threads():
+    with one_thread():
+        yield
 
 
 def batch(data):

@@ -5,7 +5,6 @@ import inspect
 import math
 import pickle
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from diffmoe_kernels import Balance, ExpertChoiceMoE, MoE, RoPEAttention, ops
+from diffmoe_kernels import Balance, ExpertChoiceMoE, MoE
 from diffmoe_kernels.modules import Experts, FeedForward, TopKRouter
 from diffmoe_kernels.testing import assert_close, poisoned_allocations
 
@@ -354,39 +353,6 @@ def test_forward_rejects():
 def test_buffers_are_float32_whatever_they_were_cast_to_before():
     layer = make().double().bfloat16()
     assert layer.router.expert_bias.dtype == torch.float32 and layer.router.weight.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    "message, build",
-    [
-        ("hidden_size: expected an integer, got 8.0", lambda: MoE(8.0, 8, 4, 2)),
-        ("top_k: expected an integer, got '2'", lambda: MoE(8, 8, 4, "2")),
-        ("num_experts: expected an integer, got 4.0", lambda: ExpertChoiceMoE(8, 8, 4.0)),
-        ("num_heads: expected an integer, got 2.0", lambda: RoPEAttention(8, 2.0)),
-        ("head_dim: expected an integer, got '4'", lambda: RoPEAttention(8, 2, head_dim="4")),
-        ("num_kv_heads: expected an integer, got 1.0", lambda: ops.rope_attention(QKV, num_kv_heads=1.0)),
-        (
-            "num_prefix_tokens: expected an integer, got 1.0",
-            lambda: ops.rope_attention(QKV, num_kv_heads=1, num_prefix_tokens=1.0),
-        ),
-    ],
-)
-def test_sizes_that_are_no_integers(message, build):
-    with pytest.raises(TypeError, match=message):
-        build()
-
-
-QKV = torch.zeros(1, 4, 4, 8)
-
-
-def test_sizes_of_numpy_are_integers():
-    assert MoE(*map(np.int64, (8, 8, 4, 2)))(torch.randn(3, 8)).shape == (3, 8)
-
-
-@pytest.mark.parametrize("network", [FeedForward, Experts])
-def test_a_dropout_that_is_no_probability(network):
-    with pytest.raises(ValueError, match=r"dropout: expected a probability in \[0, 1\), got 2.0"):
-        network(8, 8, *((4,) if network is Experts else ()), dropout=2.0)
 
 
 def test_integers_are_refused():
