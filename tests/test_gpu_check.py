@@ -95,6 +95,8 @@ def test_files_as_one(tmp_path, capsys) -> None:
     assert files.load(paths)["run"]["command"] == "a; b"
     nothing = {key: value for key, value in part("DSMoE-L-E16").items() if key != "datetime"} | {"benchmarks": []}
     assert files.load(saved(tmp_path, one=nothing, two=part("DSMoE-L-E48")))["datetime"] == part("x")["datetime"]
+    later = part("DSMoE-L-E48") | {"datetime": "2026-11-22"}
+    assert files.load(saved(tmp_path, one=part("DSMoE-L-E16"), two=later))["datetime"] == part("x")["datetime"]
 
 
 def test_an_interrupted_benchmark_is_told_by_its_last_frame() -> None:
