@@ -16,7 +16,7 @@ from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum, unpermute_backward
-from diffmoe_kernels.ops.rope_attention._prepare import Settings
+from diffmoe_kernels.ops.rope_attention._prepare import Norm, Settings, Table
 from diffmoe_kernels.ops.rope_attention._triton import attend
 from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
 from diffmoe_kernels.ops.router_topk import _triton as router
@@ -25,6 +25,7 @@ from diffmoe_kernels.ops.router_topk._from_topk import sort_choices, sort_choice
 from diffmoe_kernels.ops.token_drop import _capacity
 from diffmoe_kernels.ops.token_drop import _triton as token_drop
 from diffmoe_kernels.ops.token_drop._choice import drop_choices
+from diffmoe_kernels.routing import Routing
 
 # T, D, I, E, rows a token (K, or 1 in expert choice), activation
 SHAPES = {
@@ -96,11 +97,12 @@ def launch_around_grouped_mm(shape: tuple, dtype: torch.dtype) -> None:
     rows, width = num_tokens * top_k, inner * (2 if activation == "swiglu" else 1)
     number, gates = partial(meta, dtype=dtype), meta(rows, dtype=torch.float32)
     x, up, down = number(num_tokens, hidden), number(num_experts, width, hidden), number(num_experts, hidden, inner)
-    tokens, offsets, token_maps = meta(rows), meta(num_experts), (meta(num_tokens + 1), meta(rows))
+    routing = Routing(meta(rows), gates, meta(num_experts), meta(num_tokens + 1), meta(rows))
     for biases in ((None, None), (number(num_experts, width), number(num_experts, hidden))):
-        _, pre = _grouped_mm.forward(x, tokens, offsets, up, down, *biases, activation, True)
-        kinds = (True, True, torch.float32, None if biases[0] is None else torch.float32)
-        _grouped_mm.backward(x, x, gates, tokens, offsets, *token_maps, up, down, biases[1], pre, activation, *kinds)
+        _, pre = _grouped_mm.forward(x, routing, up, down, *biases, activation, keep_pre=True)
+        options = {"needs_x": True, "needs_weights": True, "weight_dtype": torch.float32}
+        options["bias_dtype"] = None if biases[0] is None else torch.float32
+        _grouped_mm.backward(x, x, routing, up, down, biases[1], pre, activation, **options)
 
 
 def launch_movement(shape: tuple, dtype: torch.dtype) -> None:
@@ -163,11 +165,11 @@ def launch_attention(sizes: tuple, dtype: torch.dtype) -> None:
     kind = FLOAT16 if dtype == BFLOAT16 else FLOAT32
     tables = [meta(num_tokens - prefix, head_dim // 2, dtype=kind) for _ in range(2)]
     scale, shift = (meta(head_dim, dtype=FLOAT32) if norm != "none" else None for _ in range(2))
-    norms = (scale, shift if norm == "layernorm" else None) * 2
-    settings = Settings(heads, rope, prefix, norm, 1e-6, head_dim**-0.5)
-    out, lse = attend(qkv, *tables, norms, settings, keep_lse=True)
-    attend(qkv, *tables, norms, settings, keep_lse=False)
-    attend_backward(out, qkv, out, lse, *tables, norms, settings)
+    vectors = Norm(scale, shift if norm == "layernorm" else None, 1e-6)
+    around = Table(*tables), vectors, vectors, Settings(heads, rope, prefix, norm, head_dim**-0.5)
+    out, lse = attend(qkv, *around, keep_lse=True)
+    attend(qkv, *around, keep_lse=False)
+    attend_backward(out, qkv, out, lse, *around)
 
 
 # B, N, D, norm, dtype of the vectors

@@ -18,7 +18,7 @@ from diffmoe_kernels.ops.experts.reference import activate
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
-from diffmoe_kernels.ops.rope_attention._prepare import Settings
+from diffmoe_kernels.ops.rope_attention._prepare import Norm, Settings, Table
 from diffmoe_kernels.ops.rope_attention._triton import attend
 from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
 from diffmoe_kernels.ops.rope_attention.reference import rope_attention_reference
@@ -40,10 +40,11 @@ def attention(
     names = {"none": (), "rmsnorm": ("q_weight", "k_weight")}.get(norm, ("q_weight", "q_bias", "k_weight", "k_bias"))
     vectors = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     norms = tuple(one if name in names else None for name, one in vectors.items())
-    settings = Settings(heads, rope, prefix, norm, 1e-6, head_dim**-0.5)
+    around = Table(*tables), Norm(*norms[:2], 1e-6), Norm(*norms[2:], 1e-6)
+    settings = Settings(heads, rope, prefix, norm, head_dim**-0.5)
 
-    out, lse = attend(qkv, *tables, norms, settings, keep_lse=True)
-    grad_qkv, grad_norms = attend_backward(grad, qkv, out, lse, *tables, norms, settings)
+    out, lse = attend(qkv, *around, settings, keep_lse=True)
+    grad_qkv, grad_norms = attend_backward(grad, qkv, out, lse, *around, settings)
 
     exact, leaves = qkv.to(DOUBLE).requires_grad_(), [n if n is None else n.to(DOUBLE).requires_grad_() for n in norms]
     wanted = rope_attention_reference(

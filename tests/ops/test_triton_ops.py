@@ -144,8 +144,8 @@ def test_nothing_is_kept_where_nothing_needs_a_gradient(monkeypatch, backend):
     products = {"triton": "triton", ON_KERNELS: "grouped_mm"}[backend]
     forward, backward = library.PRODUCTS[products]
 
-    def spy(*args):
-        rows, pre = forward(*args)
+    def spy(*args, **options):
+        rows, pre = forward(*args, **options)
         kept.append(pre.shape[0])
         return rows, pre
 

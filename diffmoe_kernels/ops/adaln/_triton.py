@@ -34,7 +34,8 @@ def _standardize(values, in_rows, columns, eps, D: tl.constexpr, NORM: tl.conste
     return values * reciprocal, reciprocal
 
 
-# x, y (B, N, D), gate, shift, scale (B, D), weight (D,) -> stream = x + gate * y, out = its modulated norm, (B, N, D)
+# x, y (B, N, D), gate, shift, scale (B, D), weight (D,) -> stream = x + gate * y, out = its modulated norm, (B, N, D).
+# None: y and gate without a residual, shift and scale without a norm, weight where the norm has none
 @triton.jit
 def _modulate_kernel(
     x,
@@ -52,8 +53,6 @@ def _modulate_kernel(
     eps,
     D: tl.constexpr,
     NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,11 +60,11 @@ def _modulate_kernel(
     num_chunks = tl.cdiv(num_tokens, TOKENS)
     sample, first = (tl.program_id(0) // num_chunks).to(tl.int64), tl.program_id(0) % num_chunks * TOKENS
     columns = tl.arange(0, BLOCK_D)
-    if HAS_RESIDUAL:
+    if gate is not None:
         gates = _load_vector(gate + sample * gate_stride, columns, D)
-    if NORM != "none":
+    if scale is not None:
         factors = 1.0 + _load_vector(scale + sample * scale_stride, columns, D)
-        if HAS_WEIGHT:
+        if weight is not None:
             factors *= _load_vector(weight, columns, D)
         shifts = _load_vector(shift + sample * shift_stride, columns, D)
     for start in range(0, TOKENS, BLOCK_N):
@@ -74,17 +73,18 @@ def _modulate_kernel(
         mask = in_rows[:, None] & (columns < D)[None, :]
         at = (sample * num_tokens + tokens)[:, None] * D + columns[None, :]
         values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
+        if gate is not None:
             rounded = (values + gates * tl.load(y + at, mask=mask, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
             tl.store(stream + at, rounded, mask=mask)
             values = rounded.to(tl.float32)  # the norm is of what is written
-        if NORM != "none":
+        if scale is not None:
             normed, _ = _standardize(values, in_rows, columns, eps, D, NORM)
             tl.store(out + at, (normed * factors + shifts).to(out.dtype.element_ty), mask=mask)
 
 
 # grad_stream, grad_out, stream, y (B, N, D), gate, scale (B, D), weight (D,) -> grad_x, grad_y (B, N, D), and
-# parts (B * chunks, KINDS, D): sums over a chunk's tokens of grad_stream * y, grad_out and grad_out * norm
+# parts (B * chunks, KINDS, D): sums over a chunk's tokens of grad_stream * y, grad_out and grad_out * norm. None as
+# above, and a gradient that there is not
 @triton.jit
 def _modulate_backward_kernel(
     grad_stream,
@@ -103,9 +103,6 @@ def _modulate_backward_kernel(
     eps,
     D: tl.constexpr,
     NORM: tl.constexpr,
-    HAS_GRAD_STREAM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     KINDS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,12 +111,12 @@ def _modulate_backward_kernel(
     num_chunks = tl.cdiv(num_tokens, TOKENS)
     sample, first = (tl.program_id(0) // num_chunks).to(tl.int64), tl.program_id(0) % num_chunks * TOKENS
     columns = tl.arange(0, BLOCK_D)
-    if HAS_RESIDUAL:
+    if gate is not None:
         gates = _load_vector(gate + sample * gate_stride, columns, D)
         by_gate = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    if NORM != "none":
+    if scale is not None:
         factors = 1.0 + _load_vector(scale + sample * scale_stride, columns, D)
-        if HAS_WEIGHT:
+        if weight is not None:
             factors *= _load_vector(weight, columns, D)
         by_shift = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         by_factor = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -128,7 +125,7 @@ def _modulate_backward_kernel(
         in_rows = tokens < num_tokens
         mask = in_rows[:, None] & (columns < D)[None, :]
         at = (sample * num_tokens + tokens)[:, None] * D + columns[None, :]
-        if NORM != "none":
+        if scale is not None:
             values = tl.load(stream + at, mask=mask, other=0.0).to(tl.float32)
             grads = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
             normed, reciprocal = _standardize(values, in_rows, columns, eps, D, NORM)
@@ -139,18 +136,18 @@ def _modulate_backward_kernel(
             if NORM == "layernorm":
                 by_values -= (tl.sum(grads, 1) / D)[:, None]
             by_values *= reciprocal
-            if HAS_GRAD_STREAM:
+            if grad_stream is not None:
                 by_values += tl.load(grad_stream + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(grad_x + at, by_values.to(grad_x.dtype.element_ty), mask=mask)
         else:
             by_values = tl.load(grad_stream + at, mask=mask, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
+        if gate is not None:
             by_gate += by_values * tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(grad_y + at, (by_values * gates).to(grad_y.dtype.element_ty), mask=mask)
     parts += tl.program_id(0).to(tl.int64) * KINDS * D + columns
-    if HAS_RESIDUAL:
+    if gate is not None:
         tl.store(parts, tl.sum(by_gate, 0), mask=columns < D)
-    if NORM != "none":
+    if scale is not None:
         tl.store(parts + (KINDS - 2) * D, tl.sum(by_shift, 0), mask=columns < D)
         tl.store(parts + (KINDS - 1) * D, tl.sum(by_factor, 0), mask=columns < D)
 
@@ -167,7 +164,7 @@ def _sum_kind(parts, kind, num_chunks, columns, KINDS: tl.constexpr, D: tl.const
 
 
 # parts (B * chunks, KINDS, D), scale (B, D), weight (D,) -> grad_gate, grad_shift, grad_scale, by_weight (B, D),
-# the last one each sample's share of the weight's gradient
+# the last one each sample's share of the weight's gradient. None as above
 @triton.jit
 def _sum_chunks_kernel(
     parts,
@@ -180,9 +177,6 @@ def _sum_chunks_kernel(
     scale_stride,
     num_chunks,
     D: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     KINDS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -191,14 +185,14 @@ def _sum_chunks_kernel(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_width, at = columns < D, sample * D + columns
     parts += sample * num_chunks * KINDS * D
-    if HAS_RESIDUAL:
+    if grad_gate is not None:
         total = _sum_kind(parts, 0, num_chunks, columns, KINDS, D, BLOCK_C)
         tl.store(grad_gate + at, total.to(grad_gate.dtype.element_ty), mask=in_width)
-    if NORM != "none":
+    if grad_shift is not None:
         total = _sum_kind(parts, KINDS - 2, num_chunks, columns, KINDS, D, BLOCK_C)
         tl.store(grad_shift + at, total.to(grad_shift.dtype.element_ty), mask=in_width)
         total = _sum_kind(parts, KINDS - 1, num_chunks, columns, KINDS, D, BLOCK_C)
-        if HAS_WEIGHT:
+        if weight is not None:
             scales = tl.load(scale + sample * scale_stride + columns, mask=in_width, other=0.0).to(tl.float32)
             tl.store(by_weight + at, total * (1.0 + scales), mask=in_width)
             total *= tl.load(weight + columns, mask=in_width, other=0.0).to(tl.float32)
@@ -250,16 +244,19 @@ def modulate(
         return stream, out
     tiles = _tiles(*x.shape, FORWARD_ELEMENTS)
     _modulate_kernel[(batch * triton.cdiv(num_tokens, tiles["TOKENS"]),)](
-        *(x if one is None else one for one in (x, y, gate, shift, scale, weight)),
+        x,
+        y,
+        gate,
+        shift,
+        scale,
+        weight,
         stream,
         out,
         *(_stride(one) for one in (gate, shift, scale)),
         num_tokens,
         eps,
         D=width,
-        NORM="none" if modulation is None else norm,
-        HAS_RESIDUAL=residual is not None,
-        HAS_WEIGHT=weight is not None,
+        NORM=norm,
         **tiles,
     )
     return stream, out
@@ -304,30 +301,38 @@ def modulate_backward(
         return grad_x, grad_y, *vectors, None if weight is None else torch.zeros_like(weight)
     tiles = _tiles(*stream.shape, BACKWARD_ELEMENTS if has_norm else FORWARD_ELEMENTS)
     num_chunks = triton.cdiv(num_tokens, tiles["TOKENS"])
-    flags = {
-        "D": width,
-        "NORM": norm if has_norm else "none",
-        "HAS_RESIDUAL": residual is not None,
-        "HAS_WEIGHT": weight is not None,
-        "KINDS": (residual is not None) + 2 * has_norm,
-    }
-    parts = stream.new_empty(batch * num_chunks, flags["KINDS"], width, dtype=torch.float32)
-    tensors = (grad_stream, grad_out, stream, y, gate, scale, weight, grad_x, grad_y, parts)
+    kinds = (residual is not None) + 2 * has_norm
+    parts = stream.new_empty(batch * num_chunks, kinds, width, dtype=torch.float32)
     _modulate_backward_kernel[(batch * num_chunks,)](
-        *(stream if one is None else one for one in tensors),
+        grad_stream,
+        grad_out,
+        stream,
+        y,
+        gate,
+        scale,
+        weight,
+        grad_x,
+        grad_y,
+        parts,
         _stride(gate),
         _stride(scale),
         num_tokens,
         eps,
-        HAS_GRAD_STREAM=grad_stream is not None,
-        **flags,
+        D=width,
+        NORM=norm,
+        KINDS=kinds,
         **tiles,
     )
     _sum_chunks_kernel[(batch, triton.cdiv(width, SUMMED_COLUMNS))](
-        *(parts if one is None else one for one in (parts, scale, weight, *vectors, by_weight)),
+        parts,
+        scale,
+        weight,
+        *vectors,
+        by_weight,
         _stride(scale),
         num_chunks,
-        **flags,
+        D=width,
+        KINDS=kinds,
         BLOCK_C=SUMMED_PARTS,
         BLOCK_D=SUMMED_COLUMNS,
     )

@@ -23,12 +23,14 @@ from diffmoe_kernels.ops.experts._triton_backward import (
 )
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.permute._triton import gather, gather_sum
+from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import next_power_of_2
 
 ELEMENTS = 4096  # of a tile, forward
 
 
-# pre (R, U) or (R, N), bias (E, U) or (E, N), group_offsets (E,) -> pre with the bias, hidden (R, I)
+# pre (R, U) or (R, N), bias (E, U) or (E, N) or None, group_offsets (E,) -> pre with the bias, hidden (R, I) unless it
+# is None
 @triton.jit
 def _epilogue_kernel(
     pre,
@@ -38,7 +40,6 @@ def _epilogue_kernel(
     num_groups,
     width: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -52,7 +53,7 @@ def _epilogue_kernel(
     kept = tl.load(pre + at, mask=mask, other=0.0)
     if GATED:
         value = tl.load(pre + at + width, mask=mask, other=0.0)
-    if HAS_BIAS:
+    if bias is not None:
         group = groups_of(group_offsets, rows, num_groups, GROUPS)
         bias_at = bias + group[:, None] * up_width + columns[None, :]
         kept = (kept.to(tl.float32) + tl.load(bias_at, mask=mask, other=0.0).to(tl.float32)).to(pre.dtype.element_ty)
@@ -61,7 +62,7 @@ def _epilogue_kernel(
             other = tl.load(bias_at + width, mask=mask, other=0.0).to(tl.float32)
             value = (value.to(tl.float32) + other).to(pre.dtype.element_ty)
             tl.store(pre + at + width, value, mask=mask)
-    if ACTIVATION != "none":
+    if hidden is not None:
         result = activated(kept.to(tl.float32), ACTIVATION)
         if GATED:
             result *= value.to(tl.float32)
@@ -69,8 +70,8 @@ def _epilogue_kernel(
         tl.store(hidden + at, result.to(hidden.dtype.element_ty), mask=mask)
 
 
-# grad_hidden (R, I) before the gate, gates (R,), pre (R, U), grad_rows (R, D), bias (E, D), group_offsets (E,)
-# -> grad_pre (R, U), weighted (R, I), grad_gates (R,)
+# grad_hidden (R, I) before the gate, gates (R,), pre (R, U), grad_rows (R, D), bias (E, D) or None,
+# group_offsets (E,) -> grad_pre (R, U), weighted (R, I), grad_gates (R,)
 @triton.jit
 def _activation_backward_kernel(
     grad_hidden,
@@ -87,7 +88,6 @@ def _activation_backward_kernel(
     width: tl.constexpr,
     hidden_size: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -102,7 +102,7 @@ def _activation_backward_kernel(
         at = grad_hidden + rows.to(tl.int64)[:, None] * width + columns[None, :]
         grad = tl.load(at, mask=valid[:, None] & (columns < width)[None, :], other=0.0).to(tl.float32)
         by_gate += activation_backward(grad, gate, rows, end, columns, pre, grad_pre, weighted, width, ACTIVATION)
-    if HAS_BIAS:
+    if bias is not None:
         group = groups_of(group_offsets, rows, num_groups, GROUPS)
         by_gate += products_with_bias(grad_rows, rows, group, bias, valid, hidden_size, BLOCK_C)
     tl.store(grad_gates + rows, by_gate, mask=rows < num_rows)
@@ -116,13 +116,12 @@ def _epilogue(pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: T
     grid = (triton.cdiv(pre.shape[0], block_r), triton.cdiv(width, block_c))
     _epilogue_kernel[grid](
         pre,
-        pre if bias is None else bias,
+        bias,
         group_offsets,
-        pre if hidden is None else hidden,
+        hidden,
         num_groups,
         width,
         ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
         GROUPS=groups,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
@@ -136,40 +135,37 @@ def _aligned(weights: Tensor) -> Tensor:
 
 def forward(
     x: Tensor,
-    token_indices: Tensor,
-    group_offsets: Tensor,
+    routing: Routing,
     up: Tensor,
     down: Tensor,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    *,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """(T, D) -> rows (R, D) and the pre-activation (R, U), or (0, U) where it is not kept; neither is written past
     the last group."""
-    up, down = _aligned(up), _aligned(down)
-    pre = F.grouped_mm(gather(x, token_indices, group_offsets), up.mT, offs=group_offsets)
+    up, down, offsets = _aligned(up), _aligned(down), routing.group_offsets
+    pre = F.grouped_mm(gather(x, routing.token_indices, offsets), up.mT, offs=offsets)
     hidden = pre.new_empty(pre.shape[0], down.shape[2])
-    _epilogue(pre, up_bias, group_offsets, hidden, activation)
-    rows = F.grouped_mm(hidden, down.mT, offs=group_offsets)
+    _epilogue(pre, up_bias, offsets, hidden, activation)
+    rows = F.grouped_mm(hidden, down.mT, offs=offsets)
     if down_bias is not None:
-        _epilogue(rows, down_bias, group_offsets, None, "none")
+        _epilogue(rows, down_bias, offsets, None, "none")
     return rows, pre if keep_pre else pre.new_empty(0, pre.shape[1])
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
-    gates: Tensor,
-    token_indices: Tensor,
-    group_offsets: Tensor,
-    token_offsets: Tensor,
-    token_rows: Tensor,
+    routing: Routing,
     up: Tensor,
     down: Tensor,
     down_bias: Tensor | None,
     pre: Tensor,
     activation: str,
+    *,
     needs_x: bool,
     needs_weights: bool,
     weight_dtype: torch.dtype,
@@ -177,8 +173,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """grad (T, D) -> gradients with respect to x, gates, up, down and their biases; None where not asked for."""
     up, down = _aligned(up), _aligned(down)
-    grad_rows = gather(grad, token_indices, group_offsets)
-    grad_hidden = F.grouped_mm(grad_rows, down, offs=group_offsets)
+    gates, token_indices, offsets = routing.gates, routing.token_indices, routing.group_offsets
+    grad_rows = gather(grad, token_indices, offsets)
+    grad_hidden = F.grouped_mm(grad_rows, down, offs=offsets)
     grad_pre, weighted, grad_gates = torch.empty_like(pre), torch.empty_like(grad_hidden), torch.empty_like(gates)
     num_groups, hidden_size, width = down.shape
     block_c = min(next_power_of_2(width), COLUMNS)
@@ -189,8 +186,8 @@ def backward(
         gates,
         pre,
         grad_rows,
-        pre if down_bias is None else down_bias,
-        group_offsets,
+        down_bias,
+        offsets,
         grad_pre,
         weighted,
         grad_gates,
@@ -199,7 +196,6 @@ def backward(
         width,
         hidden_size,
         ACTIVATION=activation,
-        HAS_BIAS=down_bias is not None,
         GROUPS=groups,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
@@ -207,15 +203,16 @@ def backward(
     del grad_hidden
     grad_x = None
     if needs_x:
-        grad_x = gather_sum(F.grouped_mm(grad_pre, up, offs=group_offsets), None, token_offsets, token_rows)
+        rows = F.grouped_mm(grad_pre, up, offs=offsets)
+        grad_x = gather_sum(rows, None, routing.token_offsets, routing.token_rows)
     if not needs_weights:
         return grad_x, grad_gates, None, None, None, None
-    grad_up = F.grouped_mm(grad_pre.mT, gather(x, token_indices, group_offsets), offs=group_offsets)
-    grad_down = F.grouped_mm(grad_rows.mT, weighted, offs=group_offsets)
+    grad_up = F.grouped_mm(grad_pre.mT, gather(x, token_indices, offsets), offs=offsets)
+    grad_down = F.grouped_mm(grad_rows.mT, weighted, offs=offsets)
     grad_biases = None, None
     if bias_dtype is not None:
         grad_biases = (
-            sum_rows(grad_pre, group_offsets, dtype=bias_dtype),
-            sum_rows(grad_rows, group_offsets, gates=gates, dtype=bias_dtype),
+            sum_rows(grad_pre, offsets, dtype=bias_dtype),
+            sum_rows(grad_rows, offsets, gates=gates, dtype=bias_dtype),
         )
     return grad_x, grad_gates, grad_up.to(weight_dtype), grad_down.to(weight_dtype), *grad_biases

@@ -46,7 +46,8 @@ def _experts(
     The masters are what gradients go to; up, down and the biases are the same in x's dtype.
     """
     forward, _ = PRODUCTS[products]
-    rows, pre = forward(x, token_indices, group_offsets, up, down, up_bias, down_bias, activation, keep_pre)
+    routing = Routing(token_indices, gates, group_offsets, token_offsets, token_rows)
+    rows, pre = forward(x, routing, up, down, up_bias, down_bias, activation, keep_pre=keep_pre)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return gather_sum(rows, gates, token_offsets, token_rows, residual, dtype), pre
 
@@ -84,20 +85,16 @@ def _experts_backward(
     grads = backward(
         grad.to(x.dtype).contiguous(),
         x,
-        gates,
-        token_indices,
-        group_offsets,
-        token_offsets,
-        token_rows,
+        Routing(token_indices, gates, group_offsets, token_offsets, token_rows),
         up,
         down,
         down_bias,
         pre,
         activation,
-        needs_x,
-        needs_weights,
-        weight_dtype,
-        bias_dtype,
+        needs_x=needs_x,
+        needs_weights=needs_weights,
+        weight_dtype=weight_dtype,
+        bias_dtype=bias_dtype,
     )
     return empty_for_none(x, *grads)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffmoe_kernels.ops.grouped_gemm._triton import find_tile, group_tiles, most_tiles, multiply_rows
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
+from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import Tile, describe, input_precision, next_power_of_2, num_programs
 
 
@@ -38,7 +39,7 @@ def activated(h, ACTIVATION: tl.constexpr):
 
 
 # x (T, D), token_indices (R,), up (E, U, D) or a descriptor of its tiles, bias (E, U), group_offsets (E,)
-# -> pre (R, U), hidden (R, I)
+# -> pre (R, U), hidden (R, I). bias and pre may be None
 @triton.jit(do_not_specialize=["num_rows"])
 def _up_kernel(
     x,
@@ -53,8 +54,6 @@ def _up_kernel(
     width: tl.constexpr,
     depth: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    KEEPS_PRE: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUPS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -103,7 +102,7 @@ def _up_kernel(
             if not DESCRIPTORS:
                 gate_at += BLOCK_K
                 up_at += BLOCK_K
-        if HAS_BIAS:
+        if bias is not None:
             bias_at = bias + group * up_width + columns
             gate += tl.load(bias_at, mask=columns < width, other=0.0).to(tl.float32)[None, :]
             if GATED:
@@ -113,7 +112,7 @@ def _up_kernel(
         gate_kept, value_kept = gate.to(kind), value.to(kind)
         mask = in_rows & in_columns
         rows = rows.to(tl.int64)[:, None]
-        if KEEPS_PRE:
+        if pre is not None:
             tl.store(pre + rows * up_width + columns[None, :], gate_kept, mask=mask)
             if GATED:
                 tl.store(pre + rows * up_width + width + columns[None, :], value_kept, mask=mask)
@@ -149,17 +148,15 @@ def up_projection(
             x,
             token_indices,
             *(descriptors or (up,)),
-            x if bias is None else bias,
+            bias,
             group_offsets,
-            pre if keep_pre else hidden,
+            pre if keep_pre else None,
             hidden,
             num_rows,
             num_groups=num_groups,
             width=width,
             depth=depth,
             ACTIVATION=activation,
-            HAS_BIAS=bias is not None,
-            KEEPS_PRE=keep_pre,
             PRECISION=input_precision(x.dtype),
             GROUPS=next_power_of_2(num_groups),
             DESCRIPTORS=descriptors is not None,
@@ -173,15 +170,16 @@ def up_projection(
 
 def forward(
     x: Tensor,
-    token_indices: Tensor,
-    group_offsets: Tensor,
+    routing: Routing,
     up: Tensor,
     down: Tensor,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    *,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """(T, D) -> rows (R, D), not written past the last group, and the pre-activation as `up_projection` has it."""
-    pre, hidden = up_projection(x, token_indices, group_offsets, up, up_bias, activation, keep_pre=keep_pre)
-    return multiply_rows(hidden, down.mT, group_offsets, bias=down_bias), pre
+    offsets = routing.group_offsets
+    pre, hidden = up_projection(x, routing.token_indices, offsets, up, up_bias, activation, keep_pre=keep_pre)
+    return multiply_rows(hidden, down.mT, offsets, bias=down_bias), pre

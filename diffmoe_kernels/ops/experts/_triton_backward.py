@@ -17,6 +17,7 @@ from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
 from diffmoe_kernels.ops.permute._triton import gather_sum
+from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import Tile, describe, input_precision, next_power_of_2, num_programs
 
 COLUMNS, ELEMENTS_BACKWARD = 512, 2048  # of a step over a row's columns, of a tile
@@ -147,8 +148,8 @@ def _down_backward_kernel(
         tl.store(grad_gates + tile_n.to(tl.int64) * num_rows + rows, by_gate, mask=rows < end)
 
 
-# parts (P, R), group_offsets (E,), grad_out (T, D), token_indices (R,), bias (E, D) -> out (R,): sums of the parts,
-# and of what the bias adds; 0 past the last group
+# parts (P, R), group_offsets (E,), grad_out (T, D), token_indices (R,), bias (E, D) or None -> out (R,): sums of the
+# parts, and of what the bias adds; 0 past the last group
 @triton.jit
 def _gate_gradients_kernel(
     parts,
@@ -161,7 +162,6 @@ def _gate_gradients_kernel(
     num_rows,
     num_parts: tl.constexpr,
     hidden_size: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -172,7 +172,7 @@ def _gate_gradients_kernel(
     part = tl.arange(0, BLOCK_P)
     at = part.to(tl.int64)[:, None] * num_rows + rows[None, :]
     total = tl.sum(tl.load(parts + at, mask=(part < num_parts)[:, None] & valid[None, :], other=0.0), 0)
-    if HAS_BIAS:
+    if bias is not None:
         tokens = tl.load(token_indices + rows, mask=valid, other=0)
         group = groups_of(group_offsets, rows, num_groups, GROUPS)
         total += products_with_bias(grad_out, tokens, group, bias, valid, hidden_size, BLOCK_C)
@@ -235,22 +235,23 @@ def down_backward(
     sizes = (num_rows, num_groups, width, depth)
     # Its epilogue holds as much as that of a pair.
     parts = launch(tile or best_product_tile("down_backward", launch, sizes, pre.dtype, activation, paired=True))
-    has_bias, groups = down_bias is not None, next_power_of_2(num_groups)
+    groups = next_power_of_2(num_groups)
     block_c = min(next_power_of_2(depth), COLUMNS)
     block_p = next_power_of_2(parts.shape[0])
-    block_r = rows_of_tile(ELEMENTS_BACKWARD, block_c, groups) if has_bias else max(ELEMENTS_BACKWARD // block_p, 4)
+    block_r = max(ELEMENTS_BACKWARD // block_p, 4)
+    if down_bias is not None:
+        block_r = rows_of_tile(ELEMENTS_BACKWARD, block_c, groups)
     _gate_gradients_kernel[(triton.cdiv(num_rows, block_r),)](
         parts,
         group_offsets,
         grad_out,
         token_indices,
-        down_bias if has_bias else pre,
+        down_bias,
         grad_gates,
         num_groups,
         num_rows,
         num_parts=parts.shape[0],
         hidden_size=depth,
-        HAS_BIAS=has_bias,
         GROUPS=groups,
         BLOCK_P=block_p,
         BLOCK_R=block_r,
@@ -262,35 +263,33 @@ def down_backward(
 def backward(
     grad: Tensor,
     x: Tensor,
-    gates: Tensor,
-    token_indices: Tensor,
-    group_offsets: Tensor,
-    token_offsets: Tensor,
-    token_rows: Tensor,
+    routing: Routing,
     up: Tensor,
     down: Tensor,
     down_bias: Tensor | None,
     pre: Tensor,
     activation: str,
+    *,
     needs_x: bool,
     needs_weights: bool,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
     """grad (T, D) -> gradients with respect to x, gates, up, down and their biases; None where not asked for."""
+    gates, token_indices, offsets = routing.gates, routing.token_indices, routing.group_offsets
     grad_pre, weighted, grad_gates = down_backward(
-        grad, token_indices, gates, group_offsets, down, down_bias, pre, activation
+        grad, token_indices, gates, offsets, down, down_bias, pre, activation
     )
     grad_x = None
     if needs_x:
-        grad_x = gather_sum(multiply_rows(grad_pre, up, group_offsets), None, token_offsets, token_rows)
+        grad_x = gather_sum(multiply_rows(grad_pre, up, offsets), None, routing.token_offsets, routing.token_rows)
     if not needs_weights:
         return grad_x, grad_gates, None, None, None, None
     kinds = {"token_indices": token_indices, "dtype": weight_dtype}
-    grad_up = weight_grad(grad_pre, x, group_offsets, gather="b", **kinds)
-    grad_down = weight_grad(grad, weighted, group_offsets, gather="a", **kinds)
+    grad_up = weight_grad(grad_pre, x, offsets, gather="b", **kinds)
+    grad_down = weight_grad(grad, weighted, offsets, gather="a", **kinds)
     if bias_dtype is None:
         return grad_x, grad_gates, grad_up, grad_down, None, None
-    grad_up_bias = sum_rows(grad_pre, group_offsets, dtype=bias_dtype)
-    grad_down_bias = sum_rows(grad, group_offsets, token_indices=token_indices, gates=gates, dtype=bias_dtype)
+    grad_up_bias = sum_rows(grad_pre, offsets, dtype=bias_dtype)
+    grad_down_bias = sum_rows(grad, offsets, token_indices=token_indices, gates=gates, dtype=bias_dtype)
     return grad_x, grad_gates, grad_up, grad_down, grad_up_bias, grad_down_bias

@@ -67,8 +67,8 @@ def _clear_rows(out, first, num_rows, num_columns: tl.constexpr, BLOCK_M: tl.con
         tl.store(at, tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty), mask=mask)
 
 
-# x (R, K), w (E, K, N), bias (E, N), group_offsets (E,) -> out (R, N); with DESCRIPTORS x and w are descriptors of
-# tiles, and w is one of (E, N, K) where K_INNER
+# x (R, K), w (E, K, N), bias (E, N) or None, group_offsets (E,) -> out (R, N); with DESCRIPTORS x and w are descriptors
+# of tiles, and w is one of (E, N, K) where K_INNER
 @triton.jit(do_not_specialize=["num_rows"])
 def _rows_kernel(
     x,
@@ -84,7 +84,6 @@ def _rows_kernel(
     stride_we: tl.constexpr,
     stride_wk: tl.constexpr,
     stride_wn: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUPS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -127,7 +126,7 @@ def _rows_kernel(
                 total = tl.dot(x_tile, tl.load(w_at, mask=in_w, other=0.0), total, input_precision=PRECISION)
                 x_at += BLOCK_K
                 w_at += BLOCK_K * stride_wk
-        if HAS_BIAS:
+        if bias is not None:
             bias_at = bias + group * num_columns + columns
             total += tl.load(bias_at, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
         at = out + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
@@ -173,7 +172,7 @@ def multiply_rows(
         grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * triton.cdiv(num_columns, tile.n), x)
         _rows_kernel[(grid,)](
             *(descriptors or (x, w)),
-            x if bias is None else bias,
+            bias,
             group_offsets,
             out,
             num_rows,
@@ -182,7 +181,6 @@ def multiply_rows(
             depth,
             x.stride(0),
             *w.stride(),
-            HAS_BIAS=bias is not None,
             PRECISION=input_precision(x.dtype),
             GROUPS=next_power_of_2(num_groups),
             DESCRIPTORS=descriptors is not None,

@@ -14,7 +14,7 @@ from torch import Tensor
 ROWS, COLUMNS = 128, 64  # of a tile
 
 
-# rows (R, N) or (T, N) gathered, gates (R,), group_offsets (E,) -> out (E, N)
+# rows (R, N), or (T, N) with token_indices (R,), gates (R,) or None, group_offsets (E,) -> out (E, N)
 @triton.jit
 def _sum_rows_kernel(
     rows,
@@ -24,8 +24,6 @@ def _sum_rows_kernel(
     out,
     stride: tl.constexpr,
     num_columns: tl.constexpr,
-    GATHERS: tl.constexpr,
-    HAS_GATES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -36,11 +34,11 @@ def _sum_rows_kernel(
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(begin, end, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        source = tl.load(token_indices + row, mask=row < end, other=0) if GATHERS else row
+        source = tl.load(token_indices + row, mask=row < end, other=0) if token_indices is not None else row
         mask = (row < end)[:, None] & (columns < num_columns)[None, :]
         values = tl.load(rows + source.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
         values = values.to(tl.float32)
-        if HAS_GATES:
+        if gates is not None:
             values *= tl.load(gates + row, mask=row < end, other=0.0)[:, None]
         total += tl.sum(values, 0)
     tl.store(out + group * num_columns + columns, total.to(out.dtype.element_ty), mask=columns < num_columns)
@@ -65,14 +63,12 @@ def sum_rows(
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     _sum_rows_kernel[(num_groups, triton.cdiv(num_columns, COLUMNS))](
         rows,
-        group_offsets if token_indices is None else token_indices,
-        group_offsets if gates is None else gates,
+        token_indices,
+        gates,
         group_offsets,
         out,
         rows.stride(0),
         num_columns,
-        GATHERS=token_indices is not None,
-        HAS_GATES=gates is not None,
         BLOCK_R=ROWS,
         BLOCK_C=COLUMNS,
     )

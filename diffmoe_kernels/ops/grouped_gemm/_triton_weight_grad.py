@@ -15,7 +15,7 @@ from diffmoe_kernels.ops.grouped_gemm.tiles import best_weight_grad_tile
 from diffmoe_kernels.triton_support import Tile, input_precision
 
 
-# a (R, M) or (T, M) gathered, b (R, N) or (T, N) gathered -> out (E, M, N)
+# a (R, M) or (T, M) gathered, b (R, N) or (T, N) gathered, token_indices (R,) or None -> out (E, M, N)
 @triton.jit(do_not_specialize=["num_rows"])
 def _weight_grad_kernel(
     a,
@@ -54,7 +54,7 @@ def _weight_grad_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     rows = begin + tl.arange(0, BLOCK_K)
-    if GATHER_A or GATHER_B:  # a step ahead, so that what they point at is fetched in time
+    if token_indices is not None:  # a step ahead, so that what they point at is fetched in time
         tokens = tl.load(token_indices + rows, mask=rows < end, other=0)
     for start in range(begin, end, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
@@ -72,7 +72,7 @@ def _weight_grad_kernel(
             other=0.0,
         )
         total = tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
-        if GATHER_A or GATHER_B:
+        if token_indices is not None:
             tokens = tl.load(token_indices + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0)
     at = out + group.to(tl.int64) * size_m * size_n + m.to(tl.int64)[:, None] * size_n + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < size_m)[:, None] & (n < size_n)[None, :])
@@ -108,7 +108,7 @@ def weight_grad(
         _weight_grad_kernel[(num_groups * tiles_m * tiles_n,)](
             a,
             b,
-            group_offsets if token_indices is None else token_indices,
+            token_indices,
             group_offsets,
             out,
             num_rows,

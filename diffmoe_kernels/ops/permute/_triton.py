@@ -36,7 +36,7 @@ def _gather_kernel(
     tl.store(out + rows[:, None] * num_columns + columns[None, :], values, mask=mask)
 
 
-# rows (R, D), gates (R,), token_offsets (T + 1,), token_rows (R,), residual (T, D) -> out (T, D)
+# rows (R, D), gates (R,) or None, token_offsets (T + 1,), token_rows (R,), residual (T, D) or None -> out (T, D)
 @triton.jit
 def _gather_sum_kernel(
     rows,
@@ -47,8 +47,6 @@ def _gather_sum_kernel(
     out,
     num_tokens,
     num_columns: tl.constexpr,
-    HAS_GATES: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -58,7 +56,7 @@ def _gather_sum_kernel(
     begin = tl.load(token_offsets + tokens, mask=in_range, other=0)
     end = tl.load(token_offsets + tokens + 1, mask=in_range, other=0)
     mask = in_range[:, None] & in_width
-    if HAS_RESIDUAL:
+    if residual is not None:
         total = tl.load(residual + tokens[:, None] * num_columns + columns[None, :], mask=mask, other=0.0)
         total = total.to(tl.float32)
     else:
@@ -69,7 +67,7 @@ def _gather_sum_kernel(
         values = tl.load(
             rows + row[:, None] * num_columns + columns[None, :], mask=has_row[:, None] & in_width, other=0.0
         ).to(tl.float32)
-        if HAS_GATES:
+        if gates is not None:
             values *= tl.load(gates + row, mask=has_row, other=0.0)[:, None]
         total += values
     tl.store(out + tokens[:, None] * num_columns + columns[None, :], total.to(out.dtype.element_ty), mask=mask)
@@ -144,15 +142,13 @@ def gather_sum(
     grid = (triton.cdiv(num_tokens, block_t), triton.cdiv(num_columns, block_d))
     _gather_sum_kernel[grid](
         rows,
-        rows if gates is None else gates,
+        gates,
         token_offsets,
         token_rows,
-        rows if residual is None else residual,
+        residual,
         out,
         num_tokens,
         num_columns,
-        gates is not None,
-        residual is not None,
         block_t,
         block_d,
     )

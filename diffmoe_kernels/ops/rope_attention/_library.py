@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.operator import empty_for_none, operator
-from diffmoe_kernels.ops.rope_attention._prepare import Settings
+from diffmoe_kernels.ops.rope_attention._prepare import Norm, Settings, Table
 from diffmoe_kernels.ops.rope_attention._triton import attend
 from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
 from diffmoe_kernels.triton_support import why_not_triton
@@ -35,8 +35,9 @@ def _rope_attention(
     keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """(B, N, H + 2 Hkv, d) -> (B, N, H, d) and the scores' log-sum-exp (B, H, N), empty unless it is kept."""
-    settings = Settings(num_heads, rope, num_prefix_tokens, norm, norm_eps, scale)
-    return attend(qkv, cos, sin, (q_weight, q_bias, k_weight, k_bias), settings, keep_lse=keep_lse)
+    q_norm, k_norm = Norm(q_weight, q_bias, norm_eps), Norm(k_weight, k_bias, norm_eps)
+    settings = Settings(num_heads, rope, num_prefix_tokens, norm, scale)
+    return attend(qkv, Table(cos, sin), q_norm, k_norm, settings, keep_lse=keep_lse)
 
 
 @_rope_attention.register_fake
@@ -66,9 +67,9 @@ def _rope_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to qkv and the norms' scales and shifts, empty where there are none."""
-    settings = Settings(num_heads, rope, num_prefix_tokens, norm, norm_eps, scale)
-    norms = (q_weight, q_bias, k_weight, k_bias)
-    by_qkv, by_norms = attend_backward(grad.contiguous(), qkv, out, lse, cos, sin, norms, settings)
+    q_norm, k_norm = Norm(q_weight, q_bias, norm_eps), Norm(k_weight, k_bias, norm_eps)
+    settings = Settings(num_heads, rope, num_prefix_tokens, norm, scale)
+    by_qkv, by_norms = attend_backward(grad.contiguous(), qkv, out, lse, Table(cos, sin), q_norm, k_norm, settings)
     return empty_for_none(qkv, by_qkv, *by_norms)
 
 

@@ -9,6 +9,7 @@ HALF and TAIL count pairs, rounded up to powers of 2; what lies past d is 0 and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,6 +17,36 @@ from torch import Tensor
 
 from diffmoe_kernels.ops.rope_attention.tiles import pairs_of_tiles
 from diffmoe_kernels.triton_support import input_precision
+
+
+class Norm(NamedTuple):
+    """Of q or k: scale and shift (d,), each or None, and what is added to the variance."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.weight, self.bias
+
+
+class Table(NamedTuple):
+    """cos and sin (N - prefix, d / 2), None where nothing is rotated."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How heads of d channels lie in tiles, and what becomes of those of q and k: a kernel is compiled for it."""
+
+    d: int
+    half: int
+    tail: int
+    rope: str
+    norm: str
 
 
 @dataclass(frozen=True)
@@ -26,40 +57,32 @@ class Settings:
     rope: str
     num_prefix_tokens: int
     norm: str
-    norm_eps: float
     scale: float
 
-    def constants(self, qkv: Tensor, norms: tuple[Tensor | None, ...]) -> dict[str, object]:
-        """What a kernel is compiled for. norms: q_weight, q_bias, k_weight, k_bias."""
+    def constants(self, qkv: Tensor) -> dict[str, object]:
+        """What a kernel is compiled for."""
         head_dim = qkv.shape[3]
-        half, tail = pairs_of_tiles(head_dim, self.norm)
         return {
             "NUM_HEADS": self.num_heads,
             "NUM_KV_HEADS": (qkv.shape[2] - self.num_heads) // 2,
             "NUM_PREFIX": self.num_prefix_tokens,
-            "D": head_dim,
-            "HALF": half,
-            "TAIL": tail,
-            "ROPE": self.rope,
-            "NORM": self.norm,
-            "HAS_WEIGHT": norms[0] is not None,
-            "HAS_BIAS": norms[1] is not None,
+            "LAYOUT": Layout(head_dim, *pairs_of_tiles(head_dim, self.norm), self.rope, self.norm),
             "PRECISION": input_precision(qkv.dtype),
         }
 
 
 @triton.jit
-def _channels(ROPE: tl.constexpr, D: tl.constexpr, FROM: tl.constexpr, HALF: tl.constexpr):
-    """(HALF,) first and second channel of each pair from FROM on, and which pairs there are."""
-    pair = FROM + tl.arange(0, HALF)
-    if ROPE == "2d_interleaved" or ROPE == "none":
+def _channels(FROM: tl.constexpr, PAIRS: tl.constexpr, LAYOUT: tl.constexpr):
+    """(PAIRS,) first and second channel of each pair from FROM on, and which pairs there are."""
+    pair = FROM + tl.arange(0, PAIRS)
+    if LAYOUT.rope == "2d_interleaved" or LAYOUT.rope == "none":
         first, second = 2 * pair, 2 * pair + 1
-    elif ROPE == "2d":
-        first = pair // (D // 4) * (D // 2) + pair % (D // 4)
-        second = first + D // 4
+    elif LAYOUT.rope == "2d":
+        first = pair // (LAYOUT.d // 4) * (LAYOUT.d // 2) + pair % (LAYOUT.d // 4)
+        second = first + LAYOUT.d // 4
     else:
-        first, second = pair, pair + D // 2
-    return first, second, pair < D // 2
+        first, second = pair, pair + LAYOUT.d // 2
+    return first, second, pair < LAYOUT.d // 2
 
 
 @triton.jit
@@ -74,96 +97,92 @@ def _mask(rows, num_rows, exists, WHOLE: tl.constexpr):
 
 @triton.jit
 def _load_columns(
-    head, rows, num_rows, stride, D: tl.constexpr, FROM: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
+    head, rows, num_rows, stride, FROM: tl.constexpr, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, WHOLE: tl.constexpr
 ):
     column = FROM + tl.arange(0, COLUMNS)
-    mask = _mask(rows, num_rows, column < D, WHOLE)
+    mask = _mask(rows, num_rows, column < LAYOUT.d, WHOLE)
     return tl.load(head + rows.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def load_head(
-    head, rows, num_rows, stride, D: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr, WHOLE: tl.constexpr
-):
+def load_head(head, rows, num_rows, stride, LAYOUT: tl.constexpr, WHOLE: tl.constexpr):
     """Rows of a head as they are."""
-    tiles = (_load_columns(head, rows, num_rows, stride, D, 0, 2 * HALF, WHOLE),)
-    if TAIL > 0:
-        tiles = tiles + (_load_columns(head, rows, num_rows, stride, D, 2 * HALF, 2 * TAIL, WHOLE),)
+    tiles = (_load_columns(head, rows, num_rows, stride, 0, 2 * LAYOUT.half, LAYOUT, WHOLE),)
+    if LAYOUT.tail > 0:
+        tail = _load_columns(head, rows, num_rows, stride, 2 * LAYOUT.half, 2 * LAYOUT.tail, LAYOUT, WHOLE)
+        tiles = tiles + (tail,)
     return tiles
 
 
 @triton.jit
-def _store_columns(head, rows, num_rows, stride, tile, D: tl.constexpr, FROM: tl.constexpr, WHOLE: tl.constexpr):
+def _store_columns(head, rows, num_rows, stride, tile, FROM: tl.constexpr, LAYOUT: tl.constexpr, WHOLE: tl.constexpr):
     column = FROM + tl.arange(0, tile.shape[1])
     at = head + rows.to(tl.int64)[:, None] * stride + column[None, :]
-    tl.store(at, tile.to(head.dtype.element_ty), mask=_mask(rows, num_rows, column < D, WHOLE))
+    tl.store(at, tile.to(head.dtype.element_ty), mask=_mask(rows, num_rows, column < LAYOUT.d, WHOLE))
 
 
 @triton.jit
-def store_head(
-    head, rows, num_rows, stride, tiles, D: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr, WHOLE: tl.constexpr
-):
+def store_head(head, rows, num_rows, stride, tiles, LAYOUT: tl.constexpr, WHOLE: tl.constexpr):
     """The way back of `load_head`."""
-    _store_columns(head, rows, num_rows, stride, tiles[0], D, 0, WHOLE)
-    if TAIL > 0:
-        _store_columns(head, rows, num_rows, stride, tiles[1], D, 2 * HALF, WHOLE)
+    _store_columns(head, rows, num_rows, stride, tiles[0], 0, LAYOUT, WHOLE)
+    if len(tiles) > 1:
+        _store_columns(head, rows, num_rows, stride, tiles[1], 2 * LAYOUT.half, LAYOUT, WHOLE)
 
 
 @triton.jit
-def zeros_like_head(BLOCK: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr):
+def zeros_like_head(BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
     """Sums for the rows of a head, in float32."""
-    tiles = (tl.zeros((BLOCK, 2 * HALF), tl.float32),)
-    if TAIL > 0:
-        tiles = tiles + (tl.zeros((BLOCK, 2 * TAIL), tl.float32),)
+    tiles = (tl.zeros((BLOCK, 2 * LAYOUT.half), tl.float32),)
+    if LAYOUT.tail > 0:
+        tiles = tiles + (tl.zeros((BLOCK, 2 * LAYOUT.tail), tl.float32),)
     return tiles
 
 
 @triton.jit
-def scale_head(tiles, scale, TAIL: tl.constexpr):
+def scale_head(tiles, scale):
     """Each row by its own number, or all by one."""
     scaled = (tiles[0] * scale,)
-    if TAIL > 0:
+    if len(tiles) > 1:
         scaled = scaled + (tiles[1] * scale,)
     return scaled
 
 
 @triton.jit
-def row_products(one, two, TAIL: tl.constexpr):
+def row_products(one, two):
     """(BLOCK,) <one, two> of each row, in float32."""
     total = tl.sum(one[0].to(tl.float32) * two[0].to(tl.float32), 1)
-    if TAIL > 0:
+    if len(one) > 1:
         total += tl.sum(one[1].to(tl.float32) * two[1].to(tl.float32), 1)
     return total
 
 
 @triton.jit
-def multiply_heads(left, right, PRECISION: tl.constexpr, TAIL: tl.constexpr):
+def multiply_heads(left, right, PRECISION: tl.constexpr):
     """Rows (M, d) and rows (N, d) -> their products (M, N)."""
     products = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
-    if TAIL > 0:
+    if len(left) > 1:
         products = tl.dot(left[1], tl.trans(right[1]), products, input_precision=PRECISION)
     return products
 
 
 @triton.jit
-def add_weighted(total, weights, rows, PRECISION: tl.constexpr, TAIL: tl.constexpr):
+def add_weighted(total, weights, rows, PRECISION: tl.constexpr):
     """total (M, d) and weights (M, N) @ rows (N, d)."""
     added = (tl.dot(weights, rows[0], total[0], input_precision=PRECISION),)
-    if TAIL > 0:
+    if len(rows) > 1:
         added = added + (tl.dot(weights, rows[1], total[1], input_precision=PRECISION),)
     return added
 
 
 @triton.jit
 def _load_pairs(
-    head, rows, num_rows, stride, ROPE: tl.constexpr, D: tl.constexpr, FROM: tl.constexpr, HALF: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Rows of a head as two (BLOCK, HALF) float32 tiles, the pairs' first and second channels."""
-    if ROPE == "2d_interleaved" or ROPE == "none":  # one wide load, and pairs that lie side by side in a thread
-        first, second = _split(_load_columns(head, rows, num_rows, stride, D, 2 * FROM, 2 * HALF, WHOLE))
+    head, rows, num_rows, stride, FROM: tl.constexpr, PAIRS: tl.constexpr, LAYOUT: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Rows of a head as two (BLOCK, PAIRS) float32 tiles, the pairs' first and second channels."""
+    if LAYOUT.rope == "2d_interleaved" or LAYOUT.rope == "none":  # one wide load; a pair is in one thread
+        first, second = _split(_load_columns(head, rows, num_rows, stride, 2 * FROM, 2 * PAIRS, LAYOUT, WHOLE))
     else:
-        one, two, exists = _channels(ROPE, D, FROM, HALF)
+        one, two, exists = _channels(FROM, PAIRS, LAYOUT)
         mask = _mask(rows, num_rows, exists, WHOLE)
         at = head + rows.to(tl.int64)[:, None] * stride
         first = tl.load(at + one[None, :], mask=mask, other=0.0)
@@ -173,14 +192,13 @@ def _load_pairs(
 
 @triton.jit
 def _store_pairs(
-    head, rows, num_rows, stride, first, second, ROPE: tl.constexpr, D: tl.constexpr, FROM: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
+    head, rows, num_rows, stride, first, second, FROM: tl.constexpr, LAYOUT: tl.constexpr, WHOLE: tl.constexpr
+):
     """The way back of `_load_pairs`."""
-    if ROPE == "2d_interleaved" or ROPE == "none":
-        _store_columns(head, rows, num_rows, stride, _join(first, second), D, 2 * FROM, WHOLE)
+    if LAYOUT.rope == "2d_interleaved" or LAYOUT.rope == "none":
+        _store_columns(head, rows, num_rows, stride, _join(first, second), 2 * FROM, LAYOUT, WHOLE)
     else:
-        one, two, exists = _channels(ROPE, D, FROM, first.shape[1])
+        one, two, exists = _channels(FROM, first.shape[1], LAYOUT)
         mask = _mask(rows, num_rows, exists, WHOLE)
         at = head + rows.to(tl.int64)[:, None] * stride
         kind = head.dtype.element_ty
@@ -190,7 +208,7 @@ def _store_pairs(
 
 @triton.jit
 def _join(first, second):
-    """(BLOCK, HALF) twice -> (BLOCK, 2 HALF), the two channels of a pair side by side."""
+    """(BLOCK, PAIRS) twice -> (BLOCK, 2 PAIRS), the two channels of a pair side by side."""
     return tl.reshape(tl.join(first, second), (first.shape[0], 2 * first.shape[1]))
 
 
@@ -201,32 +219,29 @@ def _split(both):
 
 
 @triton.jit
-def _load_vector(vector, ROPE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
-    """(D,) -> (1, HALF) twice, float32."""
-    one, two, exists = _channels(ROPE, D, 0, HALF)
+def _load_vector(vector, LAYOUT: tl.constexpr):
+    """(d,) -> (1, half) twice, float32."""
+    one, two, exists = _channels(0, LAYOUT.half, LAYOUT)
     first = tl.load(vector + one, mask=exists, other=0.0).to(tl.float32)
     second = tl.load(vector + two, mask=exists, other=0.0).to(tl.float32)
     return first[None, :], second[None, :]
 
 
 @triton.jit
-def _mean(values, D: tl.constexpr):
-    """(BLOCK, HALF), the sum over a pair -> (BLOCK, 1) mean over the channels."""
-    return (tl.sum(values, 1) / D)[:, None]
+def _mean(values, LAYOUT: tl.constexpr):
+    """(BLOCK, half), the sum over a pair -> (BLOCK, 1) mean over the channels."""
+    return (tl.sum(values, 1) / LAYOUT.d)[:, None]
 
 
 @triton.jit
-def _standardize(
-    first, second, rows, num_rows, eps, NORM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
+def _standardize(first, second, rows, num_rows, eps, LAYOUT: tl.constexpr, WHOLE: tl.constexpr):
     """The norm before scale and shift, and its reciprocal (BLOCK, 1), finite where there is no row."""
-    if NORM == "layernorm":
-        mean = _mean(first + second, D)
-        _, _, exists = _channels(ROPE, D, 0, HALF)
+    if LAYOUT.norm == "layernorm":
+        mean = _mean(first + second, LAYOUT)
+        _, _, exists = _channels(0, LAYOUT.half, LAYOUT)
         first = tl.where(exists[None, :], first - mean, 0.0)
         second = tl.where(exists[None, :], second - mean, 0.0)
-    variance = _mean(first * first + second * second, D) + eps
+    variance = _mean(first * first + second * second, LAYOUT) + eps
     if not WHOLE:
         variance = tl.where((rows < num_rows)[:, None], variance, 1.0)
     inverse = tl.rsqrt(variance)
@@ -235,77 +250,72 @@ def _standardize(
 
 @triton.jit
 def _load_angles(
-    cos, sin, rows, num_rows, D: tl.constexpr, FROM: tl.constexpr, HALF: tl.constexpr, NUM_PREFIX: tl.constexpr,
+    table, rows, num_rows, FROM: tl.constexpr, PAIRS: tl.constexpr, LAYOUT: tl.constexpr, NUM_PREFIX: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK, HALF) cosines and sines of the rows; a prefix token does not turn."""
-    pair = FROM + tl.arange(0, HALF)
-    at = (rows - NUM_PREFIX).to(tl.int64)[:, None] * (D // 2) + pair[None, :]
-    mask = _mask(rows, num_rows, pair < D // 2, WHOLE)
+    """(BLOCK, PAIRS) cosines and sines of the rows; a prefix token does not turn."""
+    pair = FROM + tl.arange(0, PAIRS)
+    at = (rows - NUM_PREFIX).to(tl.int64)[:, None] * (LAYOUT.d // 2) + pair[None, :]
+    mask = _mask(rows, num_rows, pair < LAYOUT.d // 2, WHOLE)
     if NUM_PREFIX > 0:
         mask = mask & (rows >= NUM_PREFIX)[:, None]
-        cosine = tl.load(cos + at, mask=mask, other=1.0)
+        cosine = tl.load(table.cos + at, mask=mask, other=1.0)
     else:
-        cosine = tl.load(cos + at, mask=mask, other=0.0)
-    sine = tl.load(sin + at, mask=mask, other=0.0)
+        cosine = tl.load(table.cos + at, mask=mask, other=0.0)
+    sine = tl.load(table.sin + at, mask=mask, other=0.0)
     return cosine.to(tl.float32), sine.to(tl.float32)
 
 
 @triton.jit
 def _load_prepared_pairs(
-    head, rows, num_rows, stride, cos, sin, weight, bias, eps, scale, ROPE: tl.constexpr, NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr, FROM: tl.constexpr, HALF: tl.constexpr,
+    head, rows, num_rows, stride, table, norm, scale, FROM: tl.constexpr, PAIRS: tl.constexpr, LAYOUT: tl.constexpr,
     NUM_PREFIX: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    first, second = _load_pairs(head, rows, num_rows, stride, ROPE, D, FROM, HALF, WHOLE)
-    if NORM != "none":
-        first, second, _ = _standardize(first, second, rows, num_rows, eps, NORM, ROPE, D, HALF, WHOLE)
-        if HAS_WEIGHT:
-            one, two = _load_vector(weight, ROPE, D, HALF)
+    first, second = _load_pairs(head, rows, num_rows, stride, FROM, PAIRS, LAYOUT, WHOLE)
+    if LAYOUT.norm != "none":
+        first, second, _ = _standardize(first, second, rows, num_rows, norm.eps, LAYOUT, WHOLE)
+        if norm.weight is not None:
+            one, two = _load_vector(norm.weight, LAYOUT)
             first, second = first * one, second * two
-        if HAS_BIAS:
-            one, two = _load_vector(bias, ROPE, D, HALF)
+        if norm.bias is not None:
+            one, two = _load_vector(norm.bias, LAYOUT)
             first, second = first + one, second + two
-    if ROPE != "none":
-        cosine, sine = _load_angles(cos, sin, rows, num_rows, D, FROM, HALF, NUM_PREFIX, WHOLE)
+    if LAYOUT.rope != "none":
+        cosine, sine = _load_angles(table, rows, num_rows, FROM, PAIRS, LAYOUT, NUM_PREFIX, WHOLE)
         first, second = first * cosine - second * sine, second * cosine + first * sine
     return (_join(first, second) * scale).to(head.dtype.element_ty)
 
 
 @triton.jit
 def load_prepared(
-    head, rows, num_rows, stride, cos, sin, weight, bias, eps, scale, ROPE: tl.constexpr, NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
-    NUM_PREFIX: tl.constexpr, WHOLE: tl.constexpr,
+    head, rows, num_rows, stride, table, norm, scale, LAYOUT: tl.constexpr, NUM_PREFIX: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Rows of q or k, normalised, rotated and scaled."""
     tiles = (
         _load_prepared_pairs(
-            head, rows, num_rows, stride, cos, sin, weight, bias, eps, scale,
-            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, 0, HALF, NUM_PREFIX, WHOLE,
+            head, rows, num_rows, stride, table, norm, scale, 0, LAYOUT.half, LAYOUT, NUM_PREFIX, WHOLE
         ),
-    )  # fmt: skip
-    if TAIL > 0:
+    )
+    if LAYOUT.tail > 0:
         tail = _load_prepared_pairs(
-            head, rows, num_rows, stride, cos, sin, weight, bias, eps, scale,
-            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
-        )  # fmt: skip
+            head, rows, num_rows, stride, table, norm, scale, LAYOUT.half, LAYOUT.tail, LAYOUT, NUM_PREFIX, WHOLE
+        )
         tiles = tiles + (tail,)
     return tiles
 
 
 @triton.jit
 def keep_prepared(
-    head, num_rows, stride, cos, sin, weight, bias, eps, scale, ROPE: tl.constexpr, NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
-    NUM_PREFIX: tl.constexpr, WHOLE: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+    head, num_rows, stride, table, norm, scale, LAYOUT: tl.constexpr, NUM_PREFIX: tl.constexpr, WHOLE: tl.constexpr,
+    KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first KEPT blocks of `load_prepared`. Products alone use them: so they lie in shared memory."""
     kept = ()
     for i in tl.static_range(KEPT):
         tiles = load_prepared(
-            head + i * BLOCK * stride, tl.arange(0, BLOCK), num_rows - i * BLOCK, stride, cos, sin, weight, bias, eps,
-            scale, ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX - i * BLOCK, WHOLE or i < KEPT - 1,
+            head + i * BLOCK * stride, tl.arange(0, BLOCK), num_rows - i * BLOCK, stride, table, norm, scale,
+            LAYOUT, NUM_PREFIX - i * BLOCK, WHOLE or i < KEPT - 1,
         )  # fmt: skip
         kept = kept + (tiles,)
     return kept
@@ -313,68 +323,64 @@ def keep_prepared(
 
 @triton.jit
 def keep_head(
-    head, num_rows, stride, D: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr, WHOLE: tl.constexpr,
-    KEPT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    head, num_rows, stride, LAYOUT: tl.constexpr, WHOLE: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr
+):
     """The same of `load_head`."""
     kept = ()
     for i in tl.static_range(KEPT):
         at, left = head + i * BLOCK * stride, num_rows - i * BLOCK
-        tiles = load_head(at, tl.arange(0, BLOCK), left, stride, D, HALF, TAIL, WHOLE or i < KEPT - 1)
+        tiles = load_head(at, tl.arange(0, BLOCK), left, stride, LAYOUT, WHOLE or i < KEPT - 1)
         kept = kept + (tiles,)
     return kept
 
 
 @triton.jit
 def _store_pairs_backward(
-    head, grad_head, grad_weight, grad_bias, tile, rows, num_rows, stride, cos, sin, weight, eps,
-    ROPE: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr,
-    FROM: tl.constexpr, HALF: tl.constexpr, NUM_PREFIX: tl.constexpr, WHOLE: tl.constexpr,
+    head, grad_head, by_norm, part, tile, rows, num_rows, stride, table, norm,
+    FROM: tl.constexpr, LAYOUT: tl.constexpr, NUM_PREFIX: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     first, second = _split(tile)
-    if ROPE != "none":
-        cosine, sine = _load_angles(cos, sin, rows, num_rows, D, FROM, HALF, NUM_PREFIX, WHOLE)
+    if LAYOUT.rope != "none":
+        cosine, sine = _load_angles(table, rows, num_rows, FROM, first.shape[1], LAYOUT, NUM_PREFIX, WHOLE)
         first, second = first * cosine + second * sine, second * cosine - first * sine
-    if NORM != "none":
-        one, two, exists = _channels(ROPE, D, 0, HALF)
+    if LAYOUT.norm != "none":
+        one, two, exists = _channels(0, LAYOUT.half, LAYOUT)
         if not WHOLE:
             in_rows = (rows < num_rows)[:, None]
             first, second = tl.where(in_rows, first, 0.0), tl.where(in_rows, second, 0.0)
-        if HAS_BIAS:
-            tl.store(grad_bias + one, tl.sum(first, 0), mask=exists)
-            tl.store(grad_bias + two, tl.sum(second, 0), mask=exists)
-        unit_first, unit_second = _load_pairs(head, rows, num_rows, stride, ROPE, D, 0, HALF, WHOLE)
+        if norm.bias is not None:
+            tl.store(by_norm.bias + part + one, tl.sum(first, 0), mask=exists)
+            tl.store(by_norm.bias + part + two, tl.sum(second, 0), mask=exists)
+        unit_first, unit_second = _load_pairs(head, rows, num_rows, stride, 0, LAYOUT.half, LAYOUT, WHOLE)
         unit_first, unit_second, inverse = _standardize(
-            unit_first, unit_second, rows, num_rows, eps, NORM, ROPE, D, HALF, WHOLE
+            unit_first, unit_second, rows, num_rows, norm.eps, LAYOUT, WHOLE
         )
-        if HAS_WEIGHT:
-            tl.store(grad_weight + one, tl.sum(first * unit_first, 0), mask=exists)
-            tl.store(grad_weight + two, tl.sum(second * unit_second, 0), mask=exists)
-            scale_first, scale_second = _load_vector(weight, ROPE, D, HALF)
+        if norm.weight is not None:
+            tl.store(by_norm.weight + part + one, tl.sum(first * unit_first, 0), mask=exists)
+            tl.store(by_norm.weight + part + two, tl.sum(second * unit_second, 0), mask=exists)
+            scale_first, scale_second = _load_vector(norm.weight, LAYOUT)
             first, second = first * scale_first, second * scale_second
-        along = _mean(first * unit_first + second * unit_second, D)
-        if NORM == "layernorm":
-            mean = _mean(first + second, D)
+        along = _mean(first * unit_first + second * unit_second, LAYOUT)
+        if LAYOUT.norm == "layernorm":
+            mean = _mean(first + second, LAYOUT)
             first, second = first - mean, second - mean
         first = (first - unit_first * along) * inverse
         second = (second - unit_second * along) * inverse
-    _store_pairs(grad_head, rows, num_rows, stride, first, second, ROPE, D, FROM, WHOLE)
+    _store_pairs(grad_head, rows, num_rows, stride, first, second, FROM, LAYOUT, WHOLE)
 
 
 @triton.jit
 def store_prepared_backward(
-    head, grad_head, grad_weight, grad_bias, tiles, rows, num_rows, stride, cos, sin, weight, eps,
-    ROPE: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr,
-    HALF: tl.constexpr, TAIL: tl.constexpr, NUM_PREFIX: tl.constexpr, WHOLE: tl.constexpr,
+    head, grad_head, by_norm, part, tiles, rows, num_rows, stride, table, norm,
+    LAYOUT: tl.constexpr, NUM_PREFIX: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient by what `load_prepared` gave: stores that by the rows as they came, and these rows' part of
-    that by the norm's scale and shift."""
+    """From the gradient by what `load_prepared` gave: stores that by the rows as they came, and from `part` on these
+    rows' part of that by the norm's scale and shift."""
     _store_pairs_backward(
-        head, grad_head, grad_weight, grad_bias, tiles[0], rows, num_rows, stride, cos, sin, weight, eps,
-        ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, 0, HALF, NUM_PREFIX, WHOLE,
-    )  # fmt: skip
-    if TAIL > 0:
+        head, grad_head, by_norm, part, tiles[0], rows, num_rows, stride, table, norm, 0, LAYOUT, NUM_PREFIX, WHOLE
+    )
+    if len(tiles) > 1:
         _store_pairs_backward(
-            head, grad_head, grad_weight, grad_bias, tiles[1], rows, num_rows, stride, cos, sin, weight, eps,
-            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
+            head, grad_head, by_norm, part, tiles[1], rows, num_rows, stride, table, norm,
+            LAYOUT.half, LAYOUT, NUM_PREFIX, WHOLE,
         )  # fmt: skip

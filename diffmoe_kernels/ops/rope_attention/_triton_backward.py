@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from diffmoe_kernels.ops.rope_attention._prepare import (
+    Norm,
     Settings,
+    Table,
     add_weighted,
     keep_head,
     keep_prepared,
@@ -31,57 +33,45 @@ from diffmoe_kernels.ops.rope_attention.tiles import AttentionTile, best_attenti
 
 @triton.jit
 def _query_grad(
-    q, k, v, grads, log_sum, by_sum, tokens, num_tokens, grad_q,
-    PRECISION: tl.constexpr, TAIL: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+    q, k, v, grads, log_sum, by_sum, tokens, num_tokens, grad_q, PRECISION: tl.constexpr, WHOLE: tl.constexpr
+):
     """The gradient of a block of queries, with what these keys add."""
-    weights = tl.exp2(multiply_heads(q, k, PRECISION, TAIL) - log_sum[:, None])
+    weights = tl.exp2(multiply_heads(q, k, PRECISION) - log_sum[:, None])
     if not WHOLE:
         weights = tl.where((tokens < num_tokens)[None, :], weights, 0.0)
-    by_scores = weights * (multiply_heads(grads, v, PRECISION, TAIL) - by_sum[:, None])
-    return add_weighted(grad_q, by_scores.to(k[0].dtype), k, PRECISION, TAIL)
+    by_scores = weights * (multiply_heads(grads, v, PRECISION) - by_sum[:, None])
+    return add_weighted(grad_q, by_scores.to(k[0].dtype), k, PRECISION)
 
 
 @triton.jit
-def _key_grads(k, v, q, grads, log_sum, by_sum, grad_k, grad_v, PRECISION: tl.constexpr, TAIL: tl.constexpr):
+def _key_grads(k, v, q, grads, log_sum, by_sum, grad_k, grad_v, PRECISION: tl.constexpr):
     """The gradients of a block of keys and values, with what these queries add. All is (keys, queries)."""
-    weights = tl.exp2(multiply_heads(k, q, PRECISION, TAIL) - log_sum[None, :])
-    grad_v = add_weighted(grad_v, weights.to(k[0].dtype), grads, PRECISION, TAIL)
-    by_scores = weights * (multiply_heads(v, grads, PRECISION, TAIL) - by_sum[None, :])
-    return add_weighted(grad_k, by_scores.to(k[0].dtype), q, PRECISION, TAIL), grad_v
+    weights = tl.exp2(multiply_heads(k, q, PRECISION) - log_sum[None, :])
+    grad_v = add_weighted(grad_v, weights.to(k[0].dtype), grads, PRECISION)
+    by_scores = weights * (multiply_heads(v, grads, PRECISION) - by_sum[None, :])
+    return add_weighted(grad_k, by_scores.to(k[0].dtype), q, PRECISION), grad_v
 
 
-# qkv (B, N, H + 2 Hkv, d), out, grad (B, N, H, d), lse (B, H, N) -> the queries of grad_qkv, delta (B, H, N),
-# by_weight, by_bias (B, H, blocks of N, d): parts of the gradients of q's norm. KEPT: see `_forward_kernel`
+# the same, grad (B, N, H, d), lse, out -> the queries of grad_qkv, delta (B, H, N), by_norm: a `Norm` of parts of the
+# gradients of q's, (B, H, blocks of N, d) each. KEPT: see `_forward_kernel`
 @triton.jit
 def _query_backward_kernel(
     qkv,
-    cos,
-    sin,
-    q_weight,
-    q_bias,
-    k_weight,
-    k_bias,
+    table,
+    q_norm,
+    k_norm,
     out,
     grad,
     lse,
     grad_qkv,
     delta,
-    by_weight,
-    by_bias,
+    by_norm,
     num_tokens,
     scale,
-    eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     NUM_PREFIX: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROPE: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     KEPT: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -90,83 +80,61 @@ def _query_backward_kernel(
 ):
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head = NUM_HEADS + head // (NUM_HEADS // NUM_KV_HEADS)
+    D: tl.constexpr = LAYOUT.d
     stride: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * D
     qkv += sample * num_tokens * stride
     q_head, k_head, v_head = qkv + head * D, qkv + kv_head * D, qkv + (kv_head + NUM_KV_HEADS) * D
     of_head = (sample * num_tokens * NUM_HEADS + head) * D  # in out and grad
     by_row = (sample * NUM_HEADS + head) * num_tokens  # in lse and delta
-    kept_keys = keep_prepared(
-        k_head, num_tokens, stride, cos, sin, k_weight, k_bias, eps, 1.0,
-        ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE, KEPT, BLOCK_N,
-    )  # fmt: skip
-    kept_values = keep_head(v_head, num_tokens, stride, D, HALF, TAIL, WHOLE, KEPT, BLOCK_N)
+    kept_keys = keep_prepared(k_head, num_tokens, stride, table, k_norm, 1.0, LAYOUT, NUM_PREFIX, WHOLE, KEPT, BLOCK_N)
+    kept_values = keep_head(v_head, num_tokens, stride, LAYOUT, WHOLE, KEPT, BLOCK_N)
     for block in tl.range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_M), tl.num_programs(0), disable_licm=True):
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        q = load_prepared(
-            q_head, rows, num_tokens, stride, cos, sin, q_weight, q_bias, eps, scale * LOG2E,
-            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
-        )  # fmt: skip
-        grads = load_head(grad + of_head, rows, num_tokens, NUM_HEADS * D, D, HALF, TAIL, WHOLE)
-        outs = load_head(out + of_head, rows, num_tokens, NUM_HEADS * D, D, HALF, TAIL, WHOLE)
-        by_sum = row_products(grads, outs, TAIL)
+        q = load_prepared(q_head, rows, num_tokens, stride, table, q_norm, scale * LOG2E, LAYOUT, NUM_PREFIX, WHOLE)
+        grads = load_head(grad + of_head, rows, num_tokens, NUM_HEADS * D, LAYOUT, WHOLE)
+        outs = load_head(out + of_head, rows, num_tokens, NUM_HEADS * D, LAYOUT, WHOLE)
+        by_sum = row_products(grads, outs)
         tl.store(delta + by_row + rows, by_sum, mask=rows < num_tokens)
         log_sum = tl.load(lse + by_row + rows, mask=rows < num_tokens, other=0.0)
-        grad_q = zeros_like_head(BLOCK_M, HALF, TAIL)
+        grad_q = zeros_like_head(BLOCK_M, LAYOUT)
         if KEPT > 0:
             for i in tl.static_range(KEPT):
                 grad_q = _query_grad(
                     q, kept_keys[i], kept_values[i], grads, log_sum, by_sum, tl.arange(0, BLOCK_N),
-                    num_tokens - i * BLOCK_N, grad_q, PRECISION, TAIL, WHOLE or i < KEPT - 1,
+                    num_tokens - i * BLOCK_N, grad_q, PRECISION, WHOLE or i < KEPT - 1,
                 )  # fmt: skip
         else:
             for start in range(0, num_tokens, BLOCK_N):
                 tokens = start + tl.arange(0, BLOCK_N)
-                k = load_prepared(
-                    k_head, tokens, num_tokens, stride, cos, sin, k_weight, k_bias, eps, 1.0,
-                    ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
-                )  # fmt: skip
-                v = load_head(v_head, tokens, num_tokens, stride, D, HALF, TAIL, WHOLE)
-                grad_q = _query_grad(
-                    q, k, v, grads, log_sum, by_sum, tokens, num_tokens, grad_q, PRECISION, TAIL, WHOLE
-                )
+                k = load_prepared(k_head, tokens, num_tokens, stride, table, k_norm, 1.0, LAYOUT, NUM_PREFIX, WHOLE)
+                v = load_head(v_head, tokens, num_tokens, stride, LAYOUT, WHOLE)
+                grad_q = _query_grad(q, k, v, grads, log_sum, by_sum, tokens, num_tokens, grad_q, PRECISION, WHOLE)
         part = ((sample * NUM_HEADS + head) * tl.cdiv(num_tokens, BLOCK_M) + block) * D
         store_prepared_backward(
-            q_head, grad_qkv + sample * num_tokens * stride + head * D, by_weight + part, by_bias + part,
-            scale_head(grad_q, scale, TAIL), rows, num_tokens, stride, cos, sin, q_weight, eps,
-            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
+            q_head, grad_qkv + sample * num_tokens * stride + head * D, by_norm, part, scale_head(grad_q, scale),
+            rows, num_tokens, stride, table, q_norm, LAYOUT, NUM_PREFIX, WHOLE,
         )  # fmt: skip
 
 
-# the same -> the keys and values of grad_qkv, by_weight, by_bias (B, Hkv, blocks of N, d): of k's norm. KEPT: blocks of
+# the same -> the keys and values of grad_qkv, by_norm: of k's, (B, Hkv, blocks of N, d) each. KEPT: blocks of
 # queries and their gradients that stay in shared memory, where a key's head has one head of queries
 @triton.jit
 def _key_backward_kernel(
     qkv,
-    cos,
-    sin,
-    q_weight,
-    q_bias,
-    k_weight,
-    k_bias,
+    table,
+    q_norm,
+    k_norm,
     grad,
     lse,
     delta,
     grad_qkv,
-    by_weight,
-    by_bias,
+    by_norm,
     num_tokens,
     scale,
-    eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     NUM_PREFIX: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROPE: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     KEPT: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -176,6 +144,7 @@ def _key_backward_kernel(
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     group, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head = NUM_HEADS + group
+    D: tl.constexpr = LAYOUT.d
     stride: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * D
     grad_qkv += sample * num_tokens * stride
     qkv += sample * num_tokens * stride
@@ -185,19 +154,15 @@ def _key_backward_kernel(
     lse += sample * NUM_HEADS * num_tokens
     delta += sample * NUM_HEADS * num_tokens
     kept_queries = keep_prepared(
-        qkv + group * D, num_tokens, stride, cos, sin, q_weight, q_bias, eps, scale * LOG2E,
-        ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE, KEPT, BLOCK_M,
-    )  # fmt: skip
-    kept_grads = keep_head(grad + group * D, num_tokens, NUM_HEADS * D, D, HALF, TAIL, WHOLE, KEPT, BLOCK_M)
+        qkv + group * D, num_tokens, stride, table, q_norm, scale * LOG2E, LAYOUT, NUM_PREFIX, WHOLE, KEPT, BLOCK_M
+    )
+    kept_grads = keep_head(grad + group * D, num_tokens, NUM_HEADS * D, LAYOUT, WHOLE, KEPT, BLOCK_M)
     for block in tl.range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_N), tl.num_programs(0), disable_licm=True):
         tokens = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_prepared(
-            k_head, tokens, num_tokens, stride, cos, sin, k_weight, k_bias, eps, 1.0,
-            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
-        )  # fmt: skip
-        v = load_head(v_head, tokens, num_tokens, stride, D, HALF, TAIL, WHOLE)
-        grad_k = zeros_like_head(BLOCK_N, HALF, TAIL)
-        grad_v = zeros_like_head(BLOCK_N, HALF, TAIL)
+        k = load_prepared(k_head, tokens, num_tokens, stride, table, k_norm, 1.0, LAYOUT, NUM_PREFIX, WHOLE)
+        v = load_head(v_head, tokens, num_tokens, stride, LAYOUT, WHOLE)
+        grad_k = zeros_like_head(BLOCK_N, LAYOUT)
+        grad_v = zeros_like_head(BLOCK_N, LAYOUT)
         if KEPT > 0:
             for i in tl.static_range(KEPT):
                 row, left = tl.arange(0, BLOCK_M), num_tokens - i * BLOCK_M
@@ -206,7 +171,7 @@ def _key_backward_kernel(
                 log_sum = tl.load(lse + at + i * BLOCK_M, mask=row < left, other=float("inf"))
                 by_sum = tl.load(delta + at + i * BLOCK_M, mask=row < left, other=0.0)
                 grad_k, grad_v = _key_grads(
-                    k, v, kept_queries[i], kept_grads[i], log_sum, by_sum, grad_k, grad_v, PRECISION, TAIL
+                    k, v, kept_queries[i], kept_grads[i], log_sum, by_sum, grad_k, grad_v, PRECISION
                 )
         else:
             num_blocks = tl.cdiv(num_tokens, BLOCK_M)
@@ -214,20 +179,18 @@ def _key_backward_kernel(
                 head = group * GROUP + index // num_blocks
                 rows = index % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
                 q = load_prepared(
-                    qkv + head * D, rows, num_tokens, stride, cos, sin, q_weight, q_bias, eps, scale * LOG2E,
-                    ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
-                )  # fmt: skip
-                grads = load_head(grad + head * D, rows, num_tokens, NUM_HEADS * D, D, HALF, TAIL, WHOLE)
+                    qkv + head * D, rows, num_tokens, stride, table, q_norm, scale * LOG2E, LAYOUT, NUM_PREFIX, WHOLE
+                )
+                grads = load_head(grad + head * D, rows, num_tokens, NUM_HEADS * D, LAYOUT, WHOLE)
                 at = head.to(tl.int64) * num_tokens + rows
                 log_sum = tl.load(lse + at, mask=rows < num_tokens, other=float("inf"))
                 by_sum = tl.load(delta + at, mask=rows < num_tokens, other=0.0)
-                grad_k, grad_v = _key_grads(k, v, q, grads, log_sum, by_sum, grad_k, grad_v, PRECISION, TAIL)
-        store_head(grad_v_head, tokens, num_tokens, stride, grad_v, D, HALF, TAIL, WHOLE)
+                grad_k, grad_v = _key_grads(k, v, q, grads, log_sum, by_sum, grad_k, grad_v, PRECISION)
+        store_head(grad_v_head, tokens, num_tokens, stride, grad_v, LAYOUT, WHOLE)
         part = ((sample * NUM_KV_HEADS + group) * tl.cdiv(num_tokens, BLOCK_N) + block) * D
         store_prepared_backward(
-            k_head, grad_qkv + kv_head * D, by_weight + part, by_bias + part, scale_head(grad_k, 1.0 / LOG2E, TAIL),
-            tokens, num_tokens, stride, cos, sin, k_weight, eps,
-            ROPE, NORM, HAS_WEIGHT, HAS_BIAS, D, HALF, TAIL, NUM_PREFIX, WHOLE,
+            k_head, grad_qkv + kv_head * D, by_norm, part, scale_head(grad_k, 1.0 / LOG2E),
+            tokens, num_tokens, stride, table, k_norm, LAYOUT, NUM_PREFIX, WHOLE,
         )  # fmt: skip
 
 
@@ -236,51 +199,50 @@ def attend_backward(
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    norms: tuple[Tensor | None, ...],
+    table: Table,
+    q_norm: Norm,
+    k_norm: Norm,
     settings: Settings,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """grad (B, N, H, d) -> by qkv (B, N, H + 2 Hkv, d), and by each of the norms' (d,) in its own dtype."""
+    """grad (B, N, H, d) -> by qkv (B, N, H + 2 Hkv, d), and by weight and bias of q's norm, then of k's, (d,) each."""
     batch, num_tokens, num_slots, head_dim = qkv.shape
     num_heads, num_kv_heads = settings.num_heads, (num_slots - settings.num_heads) // 2
+    vectors = (*q_norm.vectors, *k_norm.vectors)
     grad_qkv = torch.empty_like(qkv)
     if qkv.numel() == 0:
-        return grad_qkv, tuple(None if one is None else torch.zeros_like(one) for one in norms)
+        return grad_qkv, tuple(None if one is None else torch.zeros_like(one) for one in vectors)
     delta = torch.empty_like(lse)
-    tables = tuple(qkv if one is None else one for one in (cos, sin, *norms))
-    numbers = (num_tokens, settings.scale, settings.norm_eps)
-    constants = settings.constants(qkv, norms)
+    constants = settings.constants(qkv)
 
-    def parts(heads: int, blocks: int) -> tuple[Tensor, Tensor]:
-        shapes = ((batch * heads * blocks, head_dim) if one is not None else (0,) for one in norms[:2])
-        return tuple(qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    def parts(norm: Norm, heads: int, blocks: int) -> Norm:
+        shape = (batch * heads * blocks, head_dim)
+        sums = (None if one is None else qkv.new_empty(shape, dtype=torch.float32) for one in norm.vectors)
+        return Norm(*sums, norm.eps)
 
-    def launch_by_queries(tile: AttentionTile) -> tuple[Tensor, Tensor]:
+    def launch_by_queries(tile: AttentionTile) -> Norm:
         blocks = triton.cdiv(num_tokens, tile.m)
-        by_q = parts(num_heads, blocks)
+        by_norm = parts(q_norm, num_heads, blocks)
         _query_backward_kernel[(programs_of_head(tile, blocks, num_heads * batch, qkv), num_heads, batch)](
-            *(qkv, *tables, out, grad, lse, grad_qkv, delta, *by_q, *numbers),
+            *(qkv, table, q_norm, k_norm, out, grad, lse, grad_qkv, delta, by_norm, num_tokens, settings.scale),
             **constants,
             **tile.options,
             WHOLE=tile.divides(num_tokens),
         )
-        return by_q
+        return by_norm
 
-    def launch_by_keys(tile: AttentionTile) -> tuple[Tensor, Tensor]:
+    def launch_by_keys(tile: AttentionTile) -> Norm:
         blocks = triton.cdiv(num_tokens, tile.n)
-        by_k = parts(num_kv_heads, blocks)
+        by_norm = parts(k_norm, num_kv_heads, blocks)
         _key_backward_kernel[(programs_of_head(tile, blocks, num_kv_heads * batch, qkv), num_kv_heads, batch)](
-            *(qkv, *tables, grad, lse, delta, grad_qkv, *by_k, *numbers),
+            *(qkv, table, q_norm, k_norm, grad, lse, delta, grad_qkv, by_norm, num_tokens, settings.scale),
             **constants,
             **tile.options,
             WHOLE=tile.divides(num_tokens),
         )
-        return by_k
+        return by_norm
 
-    by_q = launch_by_queries(best_attention_tile("query_backward", launch_by_queries, qkv, constants))
-    by_k = launch_by_keys(best_attention_tile("key_backward", launch_by_keys, qkv, constants))
-    by_norms = (
-        None if one is None else sums.sum(0).to(one.dtype) for one, sums in zip(norms, (*by_q, *by_k), strict=True)
-    )
-    return grad_qkv, tuple(by_norms)
+    has = [one is not None for one in q_norm.vectors]  # k's norm has the same
+    by_q = launch_by_queries(best_attention_tile("query_backward", launch_by_queries, qkv, constants, *has))
+    by_k = launch_by_keys(best_attention_tile("key_backward", launch_by_keys, qkv, constants, *has))
+    sums = zip(vectors, (*by_q.vectors, *by_k.vectors), strict=True)
+    return grad_qkv, tuple(None if one is None else parts.sum(0).to(one.dtype) for one, parts in sums)

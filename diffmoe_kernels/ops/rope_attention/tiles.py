@@ -145,7 +145,8 @@ def best_attention_tile(
     """
     batch, num_tokens = qkv.shape[:2]
     group = constants["NUM_HEADS"] // constants["NUM_KV_HEADS"] if kernel == "key_backward" else 1
-    default = pick_tile(kernel, qkv.dtype, constants["D"], constants["NORM"], num_tokens, group)
+    layout = constants["LAYOUT"]
+    default = pick_tile(kernel, qkv.dtype, layout.d, layout.norm, num_tokens, group)
     length = -(-num_tokens // _ROWS64.n), num_tokens % _ROWS64.n == 0
     shape_class = (next_power_of_2(batch), *length, qkv.dtype, *constants.values(), *options)
     tried = candidates(kernel, qkv.dtype, num_tokens, keeps=default.kept > 0)

@@ -55,7 +55,7 @@ def _sum_of_row(tile):
     return tl.sum(tl.sum(tl.sum(tile, 3), 1), 0)
 
 
-# logits (T, E), bias (E,) -> scores (T, E), topk_ids (T, K), masks (E, B)
+# logits (T, E), bias (E,) or None -> scores (T, E), topk_ids (T, K), masks (E, B)
 @triton.jit
 def _choose_kernel(
     logits,
@@ -71,7 +71,6 @@ def _choose_kernel(
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     TILE_T: tl.constexpr,
     G: tl.constexpr,
@@ -103,7 +102,7 @@ def _choose_kernel(
             score = _divide(1.0, x, 1.0 / x)
         tl.store(scores + begin * E + at, score, mask=mask)
 
-        if HAS_BIAS:
+        if bias is not None:
             score += tl.load(bias + experts, mask=real, other=0.0).to(tl.float32)[:, :, None, :]
         keys = tl.where(real[:, :, None, :], order_key(score), LOWEST)
         if GROUPS > 1:
@@ -254,7 +253,7 @@ def route(
     groups = next_power_of_2(num_groups)
     _choose_kernel[(num_blocks,)](
         router_logits,
-        scores if expert_bias is None else expert_bias,
+        expert_bias,
         scores,
         topk_ids,
         masks,
@@ -266,7 +265,6 @@ def route(
         num_groups,
         top_groups,
         softmax,
-        expert_bias is not None,
         BLOCK_T,
         BLOCK_T if groups * width <= NARROW else max(TILE // (groups * width), 1),
         groups,

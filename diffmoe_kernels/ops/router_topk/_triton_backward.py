@@ -12,20 +12,18 @@ from diffmoe_kernels.triton_support import next_power_of_2
 
 
 @triton.jit
-def _grad_of_slots(
-    grad_weights, grad_gates, token_rows, slots, mask, HAS_WEIGHTS: tl.constexpr, HAS_GATES: tl.constexpr
-):
+def _grad_of_slots(grad_weights, grad_gates, token_rows, slots, mask):
     """Gradient of these slots' weights. Without drops token_rows holds every slot's row."""
     grad = tl.zeros(slots.shape, tl.float32)
-    if HAS_WEIGHTS:
+    if grad_weights is not None:
         grad += tl.load(grad_weights + slots, mask=mask, other=0.0)
-    if HAS_GATES:
+    if grad_gates is not None:
         grad += tl.load(grad_gates + tl.load(token_rows + slots, mask=mask, other=0), mask=mask, other=0.0)
     return grad
 
 
-# grad_weights (T, K), grad_scores (T, E), grad_gates (R,), scores (T, E), topk_ids (T, K), token_rows (R,)
-# -> grad_logits (T, E)
+# grad_weights (T, K), grad_scores (T, E), grad_gates (R,), None where there is none, scores (T, E), topk_ids (T, K),
+# token_rows (R,) -> grad_logits (T, E)
 @triton.jit
 def _backward_kernel(
     grad_weights,
@@ -41,9 +39,6 @@ def _backward_kernel(
     K: tl.constexpr,
     SOFTMAX: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_SCORES: tl.constexpr,
-    HAS_GATES: tl.constexpr,
     TILE_T: tl.constexpr,
     C: tl.constexpr,
     V: tl.constexpr,
@@ -56,9 +51,9 @@ def _backward_kernel(
     at = begin * E + (tokens[None, :, None] * E + experts)
     score = tl.load(scores + at, mask=mask, other=0.0)
     grad = tl.zeros((C, TILE_T, V), tl.float32)
-    if HAS_SCORES:
+    if grad_scores is not None:
         grad += tl.load(grad_scores + at, mask=mask, other=0.0)
-    if HAS_WEIGHTS or HAS_GATES:
+    if grad_weights is not None or grad_gates is not None:
         slots = begin * K + tokens * K
         mean = tl.zeros((TILE_T,), tl.float32)
         inverse = tl.full((TILE_T,), 1.0, tl.float32)
@@ -68,14 +63,12 @@ def _backward_kernel(
                 expert = tl.load(topk_ids + slots + k, mask=inside, other=0)
                 weight = tl.load(scores + begin * E + (tokens * E + expert), mask=inside, other=0.0)
                 total += weight
-                mean += weight * _grad_of_slots(
-                    grad_weights, grad_gates, token_rows, slots + k, inside, HAS_WEIGHTS, HAS_GATES
-                )
+                mean += weight * _grad_of_slots(grad_weights, grad_gates, token_rows, slots + k, inside)
             inverse = 1.0 / (total + 1e-20)
             mean *= inverse
         for k in range(K):
             expert = tl.load(topk_ids + slots + k, mask=inside, other=0)
-            grad_slot = _grad_of_slots(grad_weights, grad_gates, token_rows, slots + k, inside, HAS_WEIGHTS, HAS_GATES)
+            grad_slot = _grad_of_slots(grad_weights, grad_gates, token_rows, slots + k, inside)
             grad_slot = (grad_slot - mean) * inverse * scaling_factor
             grad = tl.where(experts == expert[None, :, None], grad + grad_slot[None, :, None], grad)
     if SOFTMAX:
@@ -107,9 +100,9 @@ def route_backward(
     vector = min(16 // scores.element_size(), width)
     tile_t = min(BLOCK_T, TILE // width)
     _backward_kernel[(triton.cdiv(num_tokens, tile_t),)](
-        scores if grad_weights is None else grad_weights,
-        scores if grad_scores is None else grad_scores,
-        scores if grad_gates is None else grad_gates,
+        grad_weights,
+        grad_scores,
+        grad_gates,
         scores,
         topk_ids,
         token_rows,
@@ -120,9 +113,6 @@ def route_backward(
         topk_ids.shape[1],
         softmax,
         normalize and topk_ids.shape[1] > 1,
-        grad_weights is not None,
-        grad_scores is not None,
-        grad_gates is not None,
         tile_t,
         width // vector,
         vector,

@@ -48,14 +48,15 @@ def sigmoid(logits):
 
 
 @triton.jit
-def load_keys(scores, logits, threshold, first, at, mask, NEEDS_PASSED: tl.constexpr, BY_TOKEN: tl.constexpr):
+def load_keys(scores, logits, threshold, first, at, mask, BY_TOKEN: tl.constexpr):
     """Scores, their keys, and whether they passed the threshold; LOWEST for what can't be chosen.
 
-    first: the tile's first element, int64; at: int32 from there; threshold: of each expert, or of the one.
+    first: the tile's first element, int64; at: int32 from there; threshold: of each expert, or of the one; logits: None
+    where all pass.
     """
     score = tl.load(scores + first + at, mask=mask, other=0.0).to(tl.float32)
     passed = mask
-    if NEEDS_PASSED:
+    if logits is not None:
         passed &= sigmoid(tl.load(logits + first + at, mask=mask, other=0.0)) > threshold
     eligible = passed if BY_TOKEN else mask
     return score, tl.where(eligible, order_key(score), LOWEST), passed
@@ -79,7 +80,8 @@ def _kth_largest(keys, rank):
     return tl.min(tl.where(keys >= found[None, :], keys, HIGHEST), 0)
 
 
-# scores (T, E), logits (T, E), thresholds (E,) -> cut (P, E), ties (P, E), wanted (E,), counts (P, B, E)
+# scores (T, E), logits (T, E), thresholds (E,) -> cut (P, E), ties (P, E), wanted (E,), counts (P, B, E). Without a
+# prediction logits, thresholds and wanted are None, here and below num_passed too
 @triton.jit
 def _cut_in_registers_kernel(
     scores,
@@ -93,7 +95,6 @@ def _cut_in_registers_kernel(
     capacity,
     num_blocks,
     NUM_EXPERTS: tl.constexpr,
-    PREDICTED: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -107,11 +108,11 @@ def _cut_in_registers_kernel(
     first = pool * pool_size * NUM_EXPERTS
     at = tokens[:, None] * NUM_EXPERTS + experts[None, :]
     threshold = 0.0
-    if PREDICTED:
+    if thresholds is not None:
         threshold = tl.load(thresholds + experts, mask=in_experts, other=0.0).to(tl.float32)[None, :]
-    _, keys, passed = load_keys(scores, logits, threshold, first, at, mask, PREDICTED, BY_TOKEN)
+    _, keys, passed = load_keys(scores, logits, threshold, first, at, mask, BY_TOKEN)
     rank = tl.zeros((BLOCK_E,), tl.int32) + capacity
-    if PREDICTED:
+    if wanted is not None:
         num_passed = tl.sum(passed.to(tl.int32), 0)
         tl.store(wanted + experts, num_passed, mask=in_experts)
         rank = tl.minimum(num_passed, rank)
@@ -143,14 +144,13 @@ def _first_digit_kernel(
     pool_size,
     num_chunks,
     NUM_EXPERTS: tl.constexpr,
-    PREDICTED: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     expert, part, pool = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     threshold = 0.0
-    if PREDICTED:
+    if thresholds is not None:
         threshold = tl.load(thresholds + expert).to(tl.float32)
     counts = tl.zeros((256,), tl.int32)
     passed_here = 0
@@ -159,14 +159,14 @@ def _first_digit_kernel(
         mask = first + tokens < pool_size
         start = pool * pool_size + first
         _, key, passed = load_keys(
-            scores, logits, threshold, start * NUM_EXPERTS + expert, tokens * NUM_EXPERTS, mask, PREDICTED, BY_TOKEN
+            scores, logits, threshold, start * NUM_EXPERTS + expert, tokens * NUM_EXPERTS, mask, BY_TOKEN
         )
         tl.store(keys + expert.to(tl.int64) * num_tokens + start + tokens, key, mask=mask)
         counts += tl.histogram(((key ^ LOWEST) >> 24) & 255, 256, mask=mask)
         passed_here += tl.sum(passed.to(tl.int32), 0)
     place = (pool * NUM_EXPERTS + expert) * PARTS + part
     tl.store(histograms + place * 256 + tl.arange(0, 256), counts)
-    if PREDICTED:
+    if num_passed is not None:
         tl.store(num_passed + place, passed_here)
 
 
@@ -208,7 +208,6 @@ def _next_digit_kernel(
     num_blocks,
     num_segments,
     NUM_EXPERTS: tl.constexpr,
-    PREDICTED: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -219,7 +218,7 @@ def _next_digit_kernel(
     if STEP == 1:
         cut = tl.full((), LOWEST, tl.int32)
         rank = tl.full((), 0, tl.int32) + capacity
-        if PREDICTED:
+        if num_passed is not None:
             passed = tl.sum(tl.load(num_passed + segment * PARTS + tl.arange(0, PARTS)), 0)
             rank = tl.minimum(passed, rank)
             tl.store(wanted + expert, passed, mask=part == 0)
@@ -279,24 +278,22 @@ def select(
     num_blocks = triton.cdiv(pool_size, block)
     counts = scores.new_empty(num_pools, num_blocks, num_experts, dtype=torch.int32)
     wanted = scores.new_empty(num_experts, dtype=torch.int32) if predicted else None
-    passes = (logits, thresholds) if predicted else (scores, scores)
-    wanted_or_any = counts if wanted is None else wanted
     if in_registers:
         cut, ties = (scores.new_empty(num_pools, num_experts, dtype=torch.int32) for _ in range(2))
         height = next_power_of_2(pool_size)
         width = min(max(IN_REGISTERS // height, 1), next_power_of_2(num_experts), 16)
         _cut_in_registers_kernel[(num_pools, triton.cdiv(num_experts, width))](
             scores,
-            *passes,
+            logits,
+            thresholds,
             cut,
             ties,
-            wanted_or_any,
+            wanted,
             counts,
             pool_size,
             capacity,
             num_blocks,
             num_experts,
-            predicted,
             by_token,
             block,
             height,
@@ -311,11 +308,12 @@ def select(
     grid = (num_experts, parts, num_pools)
     keys = scores.new_empty(num_experts, num_tokens, dtype=torch.int32)
     histograms = scores.new_empty(4, num_segments, parts, 256, dtype=torch.int32)
-    num_passed = scores.new_empty(num_segments, parts, dtype=torch.int32)
+    num_passed = scores.new_empty(num_segments, parts, dtype=torch.int32) if predicted else None
     cuts, ranks = (scores.new_empty(5, num_pools, num_experts, dtype=torch.int32) for _ in range(2))
     _first_digit_kernel[grid](
         scores,
-        *passes,
+        logits,
+        thresholds,
         keys,
         histograms,
         num_passed,
@@ -323,7 +321,6 @@ def select(
         pool_size,
         num_chunks,
         num_experts,
-        predicted,
         by_token,
         parts,
         CHUNK,
@@ -336,7 +333,7 @@ def select(
             num_passed,
             cuts,
             ranks,
-            wanted_or_any,
+            wanted,
             counts,
             num_tokens,
             pool_size,
@@ -345,7 +342,6 @@ def select(
             num_blocks,
             num_segments,
             num_experts,
-            predicted,
             step,
             block,
             parts,

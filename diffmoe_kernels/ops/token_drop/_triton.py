@@ -18,8 +18,9 @@ __all__ = ["drop_choices", "route", "spread_gates"]
 from diffmoe_kernels.routing import empty_fields
 
 
-# scores, logits (T, E), thresholds (E,), cut, ties (P, E), wanted (E,), counts (P, B, E)
-# -> gates (R,), token_indices (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,), dropped ()
+# scores (T, E), logits (T, E), thresholds (E,), cut, ties (P, E), wanted (E,), counts (P, B, E)
+# -> gates (R,), token_indices (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,), dropped (). Without a
+# prediction wanted and dropped are None, where the experts choose logits and thresholds too
 @triton.jit
 def _place_chosen_kernel(
     scores,
@@ -43,7 +44,6 @@ def _place_chosen_kernel(
     num_rows,
     rows_per_program,
     NUM_EXPERTS: tl.constexpr,
-    PREDICTED: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -58,11 +58,11 @@ def _place_chosen_kernel(
     quota = tl.load(ties + pool * NUM_EXPERTS + experts, mask=in_experts, other=0)
 
     threshold = 0.0
-    if BY_TOKEN:
+    if thresholds is not None:
         threshold = tl.load(thresholds + experts, mask=in_experts, other=0.0).to(tl.float32)[None, :]
 
     # Where each expert's rows begin, and this pool's among them.
-    if PREDICTED:
+    if wanted is not None:
         passed = tl.load(wanted + experts, mask=in_experts, other=0)
         size = tl.minimum(passed, capacity)
         if program == 0:
@@ -96,7 +96,7 @@ def _place_chosen_kernel(
         start_token = pool * pool_size + first
         at = within[:, None] * NUM_EXPERTS + experts[None, :]
         mask = in_pool[:, None] & in_experts[None, :]
-        score, key, _ = load_keys(scores, logits, threshold, start_token * NUM_EXPERTS, at, mask, BY_TOKEN, BY_TOKEN)
+        score, key, _ = load_keys(scores, logits, threshold, start_token * NUM_EXPERTS, at, mask, BY_TOKEN)
         is_above, is_equal = mask & (key > last_key[None, :]), mask & (key == last_key[None, :])
         # Both counts of earlier tokens in one scan; a tile has fewer than 65536.
         packed = is_above.to(tl.int32) + is_equal.to(tl.int32) * 65536
@@ -116,7 +116,7 @@ def _place_chosen_kernel(
         above += tl.sum(is_above.to(tl.int32), 0)
         equal += tl.sum(is_equal.to(tl.int32), 0)
 
-    if PREDICTED:  # zeros past the true count
+    if wanted is not None:  # zeros past the true count
         first_row = program.to(tl.int64) * rows_per_program
         for step in range(0, rows_per_program, BLOCK_T * BLOCK_E):
             within = step + tl.arange(0, BLOCK_T * BLOCK_E)
@@ -192,16 +192,15 @@ def route(
     block_t, block_e = tile_of(num_experts, num_tokens // num_pools)
     num_blocks = chosen.counts.shape[1]
     programs = num_pools * num_blocks
-    unused = chosen.cut
     _place_chosen_kernel[(programs,)](
         scores,
-        logits if predicted else unused,
-        thresholds if predicted else unused,
+        logits if by_token else None,
+        thresholds if by_token else None,
         chosen.cut,
         chosen.ties,
-        chosen.wanted if predicted else unused,
+        chosen.wanted,
         chosen.counts,
-        *(routing if predicted else (*routing, unused)),
+        *(routing if predicted else (*routing, None)),
         num_tokens,
         num_tokens // num_pools,
         num_pools,
@@ -210,7 +209,6 @@ def route(
         num_rows,
         triton.cdiv(num_rows, programs),
         num_experts,
-        predicted,
         by_token,
         chosen.block,
         block_t,

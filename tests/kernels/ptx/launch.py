@@ -6,9 +6,10 @@ Must run without TRITON_INTERPRET.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 from triton.runtime import driver
@@ -78,8 +79,7 @@ def prepare(kernel, bound: dict) -> Machine:
     """A machine with a compiled kernel's arguments, by name, as its code takes them."""
     memory, arguments, maps = GlobalMemory(), [], {}
     described = iter(kernel.metadata.tensordesc_meta or [])
-    for name, kind in kernel.src.signature.items():
-        value = bound[name]
+    for kind, value in flattened((kind, bound[name]) for name, kind in kernel.src.signature.items()):
         if kind == "constexpr":
             continue
         if kind.startswith("tensordesc"):
@@ -98,6 +98,15 @@ def prepare(kernel, bound: dict) -> Machine:
         raise NotImplementedError("scratch in global memory")
     arguments += [0, 0]  # what Triton adds: that, and for its profiler
     return Machine(parse(kernel.asm["ptx"]), memory, arguments, kernel.metadata.shared, maps)
+
+
+def flattened(arguments: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
+    """Kinds and values of arguments, those of tuples one by one."""
+    for kind, value in arguments:
+        if isinstance(kind, tuple):
+            yield from flattened(zip(kind, value, strict=True))
+        else:
+            yield kind, value
 
 
 def tensor_map(descriptor, meta: dict) -> TensorMap:
