@@ -11,8 +11,9 @@ from diffmoe_kernels import ExpertChoiceMoE, MoE
 from diffmoe_kernels.modules import FeedForward
 from models.checkpoint import load_official, official_state_dict
 from tests.golden.vectors import Case, assert_grads_match, assert_matches, load_case, official_grads
+from tests.ops.backends import TRITON
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", TRITON)
 # "e4" is the one whose further backward passes the selection beside this file keeps.
 DIFFMOE = ["diffmoe_block_e4", "diffmoe_block_e4_shared1", "diffmoe_block_e8"]
 

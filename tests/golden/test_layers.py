@@ -9,8 +9,9 @@ from diffmoe_kernels import MoE, RoPEAttention
 from diffmoe_kernels.modules import FeedForward
 from models.checkpoint import load_official, official_state_dict
 from tests.golden.vectors import Case, assert_grads_match, assert_matches, load_case, official_grads
+from tests.ops.backends import TRITON
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", TRITON)
 
 
 def check_layer(case: Case, layer: torch.nn.Module, **arguments) -> None:

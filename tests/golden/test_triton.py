@@ -1,4 +1,4 @@
-"""The reference vectors again, with the Triton kernels wherever an op has them."""
+"""What chooses its backend by itself against the reference vectors, with the Triton kernels wherever an op has them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import pytest
 import diffmoe_kernels.ops
 from diffmoe_kernels.backend import Implementation
 from diffmoe_kernels.triton_support import HAS_TRITON
-from tests.golden.test_expert_choice import *  # noqa: F403
+from tests.golden.test_expert_choice import test_capacity_loss_and_thresholds  # noqa: F401
 from tests.golden.test_jit import *  # noqa: F403
-from tests.golden.test_layers import *  # noqa: F403
+from tests.golden.test_layers import test_masked_groups_lose_with_the_sound_fill  # noqa: F401
 from tests.golden.test_models import *  # noqa: F403
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 calls: list[str] = []
+KERNELS = {
+    "dsmoe": {"router_topk", "experts", "rope_attention"},
+    "diffmoe": {"token_drop", "experts"},
+    "jit": {"router_topk", "experts", "rope_attention"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,21 +42,17 @@ def triton_first(monkeypatch):
                 monkeypatch.setattr(module, name, {**first, **{k: v for k, v in table.items() if k != "triton"}})
 
 
-@pytest.mark.parametrize("name", ["rf_dsmoe_train", "rf_diffmoe_train"])
-def test_rectified_flow_sampling(name) -> None:  # noqa: F811
-    """By Euler alone: no method of sampling calls other kernels."""
+def test_rectified_flow_sampling() -> None:  # noqa: F811
+    """Of DiffMoE by Euler alone: the other model and methods call no kernel that the tests above do not."""
     from tests.golden.test_models import test_rectified_flow_sampling as run
 
-    run(name, "euler")
+    run("rf_diffmoe_train", "euler")
 
 
-def test_the_kernels_are_called() -> None:
+@pytest.mark.parametrize("name", MODELS)  # noqa: F405
+def test_outputs_and_gradients(name) -> None:  # noqa: F811
     from tests.golden.test_models import test_outputs_and_gradients as run
 
-    for name, ops in (
-        ("model_dsmoe_dit_rope2d", {"router_topk", "experts", "rope_attention"}),
-        ("model_diffmoe_dit", {"token_drop", "experts"}),
-    ):
-        calls.clear()
-        run(name)
-        assert ops <= set(calls)
+    run(name)
+    for part, ops in KERNELS.items():
+        assert part not in name or ops <= set(calls)

@@ -9,6 +9,7 @@ same kernels, tiles and specialisations. Must run without TRITON_INTERPRET. Prin
 from __future__ import annotations
 
 import functools
+import io
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,43 +95,49 @@ class StubDriver:
 
 @contextmanager
 def recorded_launches(capability: int) -> Iterator[list]:
-    """Within it, launches compile and do not run; the list gets (function's name, compiled kernel)."""
+    """Within it, launches compile and do not run; the list gets (function's name, compiled kernel, ptxas's log)."""
     launches: list = []
+    logs: dict[str, str] = {}
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        launches.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in logs:  # nothing is printed of a kernel that Triton has on disk
+            logs[kernel.hash] = printed.getvalue() or assemble(kernel)
+        launches.append((self.fn.__name__, kernel, logs[kernel.hash]))
 
     driver.set_active(StubDriver(capability))
     JITFunction.run = compile_only
     try:
-        yield launches
+        with triton.knobs.nvidia.scope():
+            triton.knobs.nvidia.dump_ptxas_log = True
+            yield launches
     finally:
         JITFunction.run = run
 
 
-def inspect(case: str, name: str, kernel, dtype: torch.dtype) -> Compiled:
-    capability = kernel.metadata.target.arch
-    by_groups = capability == 90 and "wgmma" in kernel.asm["ptx"]
-    report, listing = read_machine_code(kernel.asm["cubin"], by_groups)
-    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    code = kernel.asm["ptx"]
+def inspect(case: str, name: str, kernel, log: str, dtype: torch.dtype) -> Compiled:
+    capability, code = kernel.metadata.target.arch, kernel.asm["ptx"]
+    by_groups = capability == 90 and "wgmma" in code
+    listing = disassemble(kernel.asm["cubin"]) if by_groups else ""
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", code)
     widths = [int(count or 1) * int(bits) for count, bits in loads]
     widths += [8 * int(size, 16) for size in re.findall(r"cp\.async\S+ \[[^]]+\], \[[^]]+\], 0x([0-9a-f]+)", code)]
     return Compiled(
         case=case,
         kernel=name,
-        registers=usage["REG"],
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
         warps=kernel.metadata.num_warps,
-        local_memory=usage["STACK"] + usage["LOCAL"],
+        local_memory=sum(map(int, re.findall(r"(\d+) bytes stack frame", log))),
         shared=kernel.metadata.shared,
         matrix_instructions=len(re.findall(TENSOR_CORE[capability], code)),
         dtype=str(dtype).removeprefix("torch."),
         widest_load=max(widths, default=0),
         loads_in_flight=max((int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", code)), default=0),
         bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", code)),
-        serialized=by_groups and is_serialized(code),
+        serialized="wgmma.mma_async instructions are serialized" in log,
         hazards=find_hazards(listing),
         instructions=count_instructions(listing) if listing else [],
         compiled_as=kernel.hash,
@@ -143,23 +150,20 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 @functools.cache  # launches of one kernel share its code
-def read_machine_code(cubin: bytes, listed: bool) -> tuple[str, str]:
-    """What it uses, and its listing if that is asked for."""
+def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = run_tool("nvdisasm", "-c", file.name) if listed else ""
-        return run_tool("cuobjdump", "-res-usage", file.name), listing
+        return run_tool("nvdisasm", "-c", file.name)
 
 
-@functools.cache
-def is_serialized(code: str) -> bool:
+def assemble(kernel) -> str:
+    """What ptxas says of a kernel."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(code)
+        file.write(kernel.asm["ptx"])
         file.flush()
-        return "wgmma.mma_async instructions are serialized" in run_tool(
-            "ptxas", "-v", "--gpu-name=sm_90a", "--output-file=/dev/null", file.name
-        )
+        arch = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]
+        return run_tool("ptxas", "-v", f"--gpu-name={arch}", "--output-file=/dev/null", file.name)
 
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w+)(\S*)(.*);")
@@ -220,9 +224,9 @@ def main(capability: int, cases: dict[str, tuple[Callable[[], object], torch.dty
         with recorded_launches(capability) as launches:
             launch()
         seen: Counter[str] = Counter()
-        for name, kernel in launches:
+        for name, kernel, log in launches:
             seen[name] += 1
-            row = inspect(f"{case} {name}" + (f" {seen[name]}" if seen[name] > 1 else ""), name, kernel, dtype)
+            row = inspect(f"{case} {name}" + (f" {seen[name]}" if seen[name] > 1 else ""), name, kernel, log, dtype)
             print(json.dumps(asdict(row)), flush=True)
 
 
