@@ -1,9 +1,9 @@
 """What the attention kernels do to q and k on their way in, and to their gradients on their way out, in Triton.
 
-Rows of a head are a tuple of one tile, (BLOCK, 2 HALF), or of two, the other (BLOCK, 2 TAIL), where that wastes less
+Rows of a head are a tuple of one tile, (BLOCK, 2 half), or of two, the other (BLOCK, 2 tail), where that wastes less
 padding: 72 channels are 64 and 8. Values and outputs keep memory's order. q and k hold each rotated pair in adjacent
 columns, so that the rotation needs no data from other threads; their product does not depend on the columns' order.
-HALF and TAIL count pairs, rounded up to powers of 2; what lies past d is 0 and neither read nor written.
+half and tail count pairs, rounded up to powers of 2; what lies past d is 0 and neither read nor written.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How heads of d channels lie in tiles, and what becomes of those of q and k: a kernel is compiled for it."""
+    """How heads of d channels lie in tiles, and what is done to q and k: a kernel is compiled for it.
+
+    half, tail: pairs of channels in a head's tiles; rope, norm: as `Settings` has them.
+    """
 
     d: int
     half: int

@@ -181,7 +181,7 @@ def programs_of_head(tile: AttentionTile, blocks: int, num_heads: int, like: Ten
 
 
 def pairs_of_tiles(head_dim: int, norm: str) -> tuple[int, int]:
-    """HALF and TAIL: how many pairs of channels the one or two tiles of a head have.
+    """half and tail: how many pairs of channels the one or two tiles of a head have.
 
     A norm wants all in one; so do chips before sm_90, whose registers hold what theirs keep in shared memory.
     """
