@@ -21,6 +21,8 @@ KERNELS = {
     "dsmoe": {"router_topk", "experts", "rope_attention"},
     "diffmoe": {"token_drop", "experts"},
     "jit": {"router_topk", "experts", "rope_attention"},
+    "tcdit": {"router_topk", "experts"},
+    "ecdit": {"token_drop", "experts"},
 }
 
 

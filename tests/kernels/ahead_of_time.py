@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+LOGS: dict[str, str] = {}  # of ptxas, by the kernel's hash
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}  # by compute capability
 
@@ -97,22 +98,21 @@ class StubDriver:
 def recorded_launches(capability: int) -> Iterator[list]:
     """Within it, launches compile and do not run; the list gets (function's name, compiled kernel, ptxas's log)."""
     launches: list = []
-    logs: dict[str, str] = {}
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
         printed = io.StringIO()
         with redirect_stdout(printed):
             kernel = run(self, *args, grid=grid, warmup=True, **options)
-        if kernel.hash not in logs:  # nothing is printed of a kernel that Triton has on disk
-            logs[kernel.hash] = printed.getvalue() or assemble(kernel)
-        launches.append((self.fn.__name__, kernel, logs[kernel.hash]))
+        log = LOGS.setdefault(kernel.hash, printed.getvalue())  # printed once, when it is compiled
+        launches.append((self.fn.__name__, kernel, log))
 
     driver.set_active(StubDriver(capability))
     JITFunction.run = compile_only
     try:
-        with triton.knobs.nvidia.scope():
+        with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
             triton.knobs.nvidia.dump_ptxas_log = True
+            triton.knobs.compilation.always_compile = True  # whatever is on disk
             yield launches
     finally:
         JITFunction.run = run
@@ -121,6 +121,9 @@ def recorded_launches(capability: int) -> Iterator[list]:
 def inspect(case: str, name: str, kernel, log: str, dtype: torch.dtype) -> Compiled:
     capability, code = kernel.metadata.target.arch, kernel.asm["ptx"]
     by_groups = capability == 90 and "wgmma" in code
+    frames = [int(size) for size in re.findall(r"(\d+) bytes stack frame", log)]
+    if not frames:
+        raise ValueError(f"{case}: ptxas said nothing of its stack: {log!r}")
     listing = disassemble(kernel.asm["cubin"]) if by_groups else ""
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", code)
     widths = [int(count or 1) * int(bits) for count, bits in loads]
@@ -130,7 +133,7 @@ def inspect(case: str, name: str, kernel, log: str, dtype: torch.dtype) -> Compi
         kernel=name,
         registers=int(re.search(r"Used (\d+) registers", log)[1]),
         warps=kernel.metadata.num_warps,
-        local_memory=sum(map(int, re.findall(r"(\d+) bytes stack frame", log))),
+        local_memory=sum(frames),
         shared=kernel.metadata.shared,
         matrix_instructions=len(re.findall(TENSOR_CORE[capability], code)),
         dtype=str(dtype).removeprefix("torch."),
@@ -155,15 +158,6 @@ def disassemble(cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         return run_tool("nvdisasm", "-c", file.name)
-
-
-def assemble(kernel) -> str:
-    """What ptxas says of a kernel."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(kernel.asm["ptx"])
-        file.flush()
-        arch = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]
-        return run_tool("ptxas", "-v", f"--gpu-name={arch}", "--output-file=/dev/null", file.name)
 
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w+)(\S*)(.*);")

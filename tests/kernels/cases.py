@@ -120,11 +120,12 @@ def launch_movement(shape: tuple, dtype: torch.dtype) -> None:
 
 def launch_router(num_tokens: int, num_experts: int, top_k: int, groups: int, softmax: bool) -> None:
     logits = meta(num_tokens, num_experts, dtype=torch.float32)
+    bias = None if softmax else meta(num_experts, dtype=torch.float32)
     weights, scores, gates, ids, *_, token_rows = router.route(
-        logits, meta(num_experts, dtype=torch.float32), top_k, softmax, groups, max(groups // 2, 1), 0.0, True, 2.5
+        logits, bias, top_k, softmax, groups, max(groups // 2, 1), 0.0, True, 2.5
     )
-    options = (softmax, True, 2.5, torch.float32)
-    router_backward.route_backward(weights, scores, gates, scores, ids, token_rows, *options)
+    for grads in ((weights, scores, gates), (None, None, gates)):
+        router_backward.route_backward(*grads, scores, ids, token_rows, softmax, True, 2.5, torch.float32)
 
 
 def launch_given_choices(num_tokens: int, num_experts: int, top_k: int) -> None:
@@ -140,7 +141,8 @@ def launch_token_drop(num_tokens: int, num_experts: int) -> None:
     capacity = num_tokens // num_experts
     gates, _, *maps = token_drop.route(scores, capacity)
     token_drop.spread_gates(gates, *maps, torch.float32)
-    token_drop.route(scores, capacity, 1, scores, thresholds, False)
+    for by_token in (False, True):
+        token_drop.route(scores, capacity, 1, scores, thresholds, by_token)
     _capacity.cross_entropy(scores, *maps)
     _capacity.cross_entropy_backward(meta(dtype=torch.float32), scores, *maps)
     _capacity.kth_prediction(scores, capacity)
@@ -163,7 +165,7 @@ def launch_attention(sizes: tuple, dtype: torch.dtype) -> None:
     batch, num_tokens, heads, kv_heads, head_dim, prefix, rope, norm = sizes
     qkv = meta(batch, num_tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
     kind = FLOAT16 if dtype == BFLOAT16 else FLOAT32
-    tables = [meta(num_tokens - prefix, head_dim // 2, dtype=kind) for _ in range(2)]
+    tables = (meta(num_tokens - prefix, head_dim // 2, dtype=kind) if rope != "none" else None for _ in range(2))
     scale, shift = (meta(head_dim, dtype=FLOAT32) if norm != "none" else None for _ in range(2))
     vectors = Norm(scale, shift if norm == "layernorm" else None, 1e-6)
     around = Table(*tables), vectors, vectors, Settings(heads, rope, prefix, norm, head_dim**-0.5)

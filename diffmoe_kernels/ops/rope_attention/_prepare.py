@@ -20,11 +20,11 @@ from diffmoe_kernels.triton_support import input_precision
 
 
 class Norm(NamedTuple):
-    """Of q or k: scale and shift (d,), each or None, and what is added to the variance."""
+    """Of q or k: scale and shift (d,), each or None, and what is added to the variance. Or parts of their gradients."""
 
     weight: Tensor | None
     bias: Tensor | None
-    eps: float
+    eps: float | None = None
 
     @property
     def vectors(self) -> tuple[Tensor | None, Tensor | None]:
@@ -38,8 +38,7 @@ class Table(NamedTuple):
     sin: Tensor | None
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How heads of d channels lie in tiles, and what is done to q and k: a kernel is compiled for it.
 
     half, tail: pairs of channels in a head's tiles; rope, norm: as `Settings` has them.

@@ -52,8 +52,8 @@ def _key_grads(k, v, q, grads, log_sum, by_sum, grad_k, grad_v, PRECISION: tl.co
     return add_weighted(grad_k, by_scores.to(k[0].dtype), q, PRECISION), grad_v
 
 
-# the same, grad (B, N, H, d), lse, out -> the queries of grad_qkv, delta (B, H, N), by_norm: a `Norm` of parts of the
-# gradients of q's, (B, H, blocks of N, d) each. KEPT: see `_forward_kernel`
+# what `_forward_kernel` took and gave, grad (B, N, H, d) -> the queries of grad_qkv, delta (B, H, N), by_norm: a `Norm`
+# of parts of the gradients of q's, (B, H, blocks of N, d) each. KEPT: as there
 @triton.jit
 def _query_backward_kernel(
     qkv,
@@ -217,7 +217,7 @@ def attend_backward(
     def parts(norm: Norm, heads: int, blocks: int) -> Norm:
         shape = (batch * heads * blocks, head_dim)
         sums = (None if one is None else qkv.new_empty(shape, dtype=torch.float32) for one in norm.vectors)
-        return Norm(*sums, norm.eps)
+        return Norm(*sums)
 
     def launch_by_queries(tile: AttentionTile) -> Norm:
         blocks = triton.cdiv(num_tokens, tile.m)
@@ -244,5 +244,5 @@ def attend_backward(
     has = [one is not None for one in q_norm.vectors]  # k's norm has the same
     by_q = launch_by_queries(best_attention_tile("query_backward", launch_by_queries, qkv, constants, *has))
     by_k = launch_by_keys(best_attention_tile("key_backward", launch_by_keys, qkv, constants, *has))
-    sums = zip(vectors, (*by_q.vectors, *by_k.vectors), strict=True)
-    return grad_qkv, tuple(None if one is None else parts.sum(0).to(one.dtype) for one, parts in sums)
+    pairs = zip(vectors, (*by_q.vectors, *by_k.vectors), strict=True)
+    return grad_qkv, tuple(None if one is None else sums.sum(0).to(one.dtype) for one, sums in pairs)

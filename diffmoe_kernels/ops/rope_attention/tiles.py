@@ -148,7 +148,8 @@ def best_attention_tile(
     layout = constants["LAYOUT"]
     default = pick_tile(kernel, qkv.dtype, layout.d, layout.norm, num_tokens, group)
     length = -(-num_tokens // _ROWS64.n), num_tokens % _ROWS64.n == 0
-    shape_class = (next_power_of_2(batch), *length, qkv.dtype, *constants.values(), *options)
+    others = (value for name, value in constants.items() if name != "LAYOUT")
+    shape_class = (next_power_of_2(batch), *length, qkv.dtype, *layout, *others, *options)
     tried = candidates(kernel, qkv.dtype, num_tokens, keeps=default.kept > 0)
     return best_tile(f"attention_{kernel}", shape_class, default, tried, launch)
 

@@ -19,8 +19,8 @@ from diffmoe_kernels.routing import empty_fields
 
 
 # scores (T, E), logits (T, E), thresholds (E,), cut, ties (P, E), wanted (E,), counts (P, B, E)
-# -> gates (R,), token_indices (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,), dropped (). Without a
-# prediction wanted and dropped are None, where the experts choose logits and thresholds too
+# -> gates (R,), token_indices (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,), dropped ()
+# None: wanted and dropped without a prediction, logits and thresholds where none must be passed to be chosen
 @triton.jit
 def _place_chosen_kernel(
     scores,
@@ -44,7 +44,6 @@ def _place_chosen_kernel(
     num_rows,
     rows_per_program,
     NUM_EXPERTS: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -96,7 +95,7 @@ def _place_chosen_kernel(
         start_token = pool * pool_size + first
         at = within[:, None] * NUM_EXPERTS + experts[None, :]
         mask = in_pool[:, None] & in_experts[None, :]
-        score, key, _ = load_keys(scores, logits, threshold, start_token * NUM_EXPERTS, at, mask, BY_TOKEN)
+        score, key, _ = load_keys(scores, logits, threshold, start_token * NUM_EXPERTS, at, mask, True)
         is_above, is_equal = mask & (key > last_key[None, :]), mask & (key == last_key[None, :])
         # Both counts of earlier tokens in one scan; a tile has fewer than 65536.
         packed = is_above.to(tl.int32) + is_equal.to(tl.int32) * 65536
@@ -209,7 +208,6 @@ def route(
         num_rows,
         triton.cdiv(num_rows, programs),
         num_experts,
-        by_token,
         chosen.block,
         block_t,
         block_e,
