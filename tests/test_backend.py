@@ -1,5 +1,9 @@
 """The choice of an implementation."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -7,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from diffmoe_kernels import Routing, available_backends, ops
 from diffmoe_kernels.backend import BACKENDS, KERNEL_BACKENDS, Implementation, check_backend, run
 
+ROOT = Path(__file__).parents[1]
 X = torch.zeros(())
 FAST = Implementation(lambda x, ready: "fast", lambda x, ready: None if ready else "it is not ready")
 IMPLEMENTATIONS = {"triton": FAST, "reference": Implementation(lambda x, ready: "reference")}
@@ -54,7 +59,25 @@ def test_available_backends_tells_each_or_why_not():
     told = available_backends()
     assert set(told) == set(BACKENDS) - {"auto"}
     assert told["reference"] == told["torch"] == "available"
-    assert all(text.startswith(("available", "not available: ")) for text in told.values())
+    expected = ("available", "not available: ", "built, ", "not built: ")
+    assert all(text.startswith(expected) for text in told.values())
+
+
+NOT_BUILT = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "diffmoe_kernels._C":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Finder())
+import diffmoe_kernels
+print(diffmoe_kernels.available_backends()["cuda"])
+"""
+
+
+def test_without_the_extension_cuda_is_not_built():
+    done = subprocess.run([sys.executable, "-c", NOT_BUILT], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "not built: install diffmoe-kernels where nvcc is on the PATH\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fakes a GPU where there is none")

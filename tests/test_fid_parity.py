@@ -328,7 +328,7 @@ def test_latents_are_scored_by_fid(latents, tmp_path, monkeypatch):
         assert all(batch.dtype == torch.uint8 and batch.shape[1:] == (16, 16, 3) for batch in batches)
         images = torch.cat(batches)
         seen.append(len(images))
-        return FidScores(images.double().mean().item(), None, 7.5, None, None, len(images))
+        return FidScores(images.double().mean().item(), None, 7.5, 0.1234, 0.01, len(images))
 
     monkeypatch.setattr(scoring, "load_inception", lambda path: network)
     monkeypatch.setattr(scoring, "load_reference", lambda path: path)
@@ -342,8 +342,10 @@ def test_latents_are_scored_by_fid(latents, tmp_path, monkeypatch):
     (expected,) = (tmp_path / "DSMoE-digits" / "seed-1").rglob("samples.npz")
     score = record["models"][1]["seeds"][1]["score"]
     assert score["distance"] == pytest.approx(load_npz(expected)[0].double().mean().item())
-    assert score["inception_score"] == 7.5 and record["comparisons"]["DSMoE-digits"]["verdict"] == "level"
+    assert (score["inception_score"], score["kid"], score["floor"]) == (7.5, 0.1234, None)
+    assert record["comparisons"]["DSMoE-digits"]["verdict"] == "level"
     report = (tmp_path / "parity.md").read_text()
+    assert "| floor        | KID          |" in report and " 0.1234 " in report
     assert "| published |" in report and "9.80" in report and "FID of 9 samples" in report
     assert (tmp_path / "samples.png").exists() and (tmp_path / "loss.png").exists()
 

@@ -10,7 +10,6 @@ from diffmoe_kernels import RoPEAttention, ops
 from diffmoe_kernels.testing import assert_error_within
 from diffmoe_kernels.triton_support import HAS_TRITON
 from tests.sanitizer import sanitized
-from tests.test_gpu_kernels import FACTOR
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TRITON, reason="needs triton")]
 
@@ -26,6 +25,8 @@ SHAPES = {
     "96 channels": (4, 100, 4, 4, 96, 0, "2d", None),
     "long": (1, 4096, 2, 2, 64, 0, None, None),
     "one token": (3, 1, 2, 2, 64, 0, None, None),
+    "17 tokens": (3, 17, 2, 2, 32, 1, "1d", "rmsnorm"),
+    "1,000 tokens": (2, 1000, 2, 2, 32, 0, "1d", "layernorm"),
 }
 
 
@@ -66,7 +67,7 @@ def test_as_accurate_as_pytorch(name, dtype) -> None:
     exact = run({key: one.double() for key, one in rounded.items()}, options, torch.float64, "reference", dtype)
     plain, ours = (run(rounded, options, dtype, backend) for backend in ("torch", "triton"))
     for key, expected in exact.items():
-        assert_error_within(ours[key], plain[key], expected, FACTOR[dtype], name=f"{name}, {key}, {dtype}")
+        assert_error_within(ours[key], plain[key], expected, 2.0, name=f"{name}, {key}, {dtype}")
 
 
 @pytest.mark.parametrize("name", ["DSMoE-S", "JiT-L"])

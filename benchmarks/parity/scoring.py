@@ -23,7 +23,8 @@ class Score:
     """What one file of samples is worth.
 
     distance: digits-FD or FID, lower is better; None where nothing to measure it by was given.
-    floor: the distance of real images that models may have seen to real ones that they may not; of digits alone.
+    floor: the distance of real images that models may have seen to real ones that they may not; of digits alone: of
+        anything else the training images themselves are not at hand.
     kid, kid_error: kernel distance and its standard deviation between random subsets; None where not known.
     kid_floor: of the images of `floor`.
     share_nearer: share of samples nearer to a training image than the median unseen image is; of digits alone.
@@ -102,7 +103,7 @@ class FidScorer:
             return Score(None)
         images = iterate_images([archive], BATCH_SIZE)
         scores = fid_scores(images, self.inception.to(self.device), self.reference)
-        return Score(scores.fid, inception_score=scores.inception_score)
+        return Score(scores.fid, kid=scores.kid, kid_error=scores.kid_error, inception_score=scores.inception_score)
 
     def save_grid(self, path: Path, archives: Mapping[str, Path]) -> None:
         rows = [next(iterate_images([archive], GRID_COLUMNS)) for archive in archives.values()]

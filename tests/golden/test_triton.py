@@ -17,12 +17,13 @@ from tests.golden.test_models import *  # noqa: F403
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 calls: list[str] = []
-KERNELS = {
-    "dsmoe": {"router_topk", "experts", "rope_attention"},
+MIXTURES = {
+    "dsmoe": {"router_topk", "experts"},
     "diffmoe": {"token_drop", "experts"},
-    "jit": {"router_topk", "experts", "rope_attention"},
+    "jit": {"router_topk", "experts"},
     "tcdit": {"router_topk", "experts"},
     "ecdit": {"token_drop", "experts"},
+    "dense": set(),
 }
 
 
@@ -56,5 +57,5 @@ def test_outputs_and_gradients(name) -> None:  # noqa: F811
     from tests.golden.test_models import test_outputs_and_gradients as run
 
     run(name)
-    for part, ops in KERNELS.items():
-        assert part not in name or ops <= set(calls)
+    (own,) = [ops for part, ops in MIXTURES.items() if part in name]
+    assert {"rope_attention", "adaln", *own} <= set(calls)

@@ -47,6 +47,8 @@ class Compiled:
     widest_load: bits of the widest load from global memory, of a thread.
     loads_in_flight: copies to shared memory that may still be under way where the code waits for one.
     bulk_copies: instructions of the bulk copy engine.
+    older_matrix_instructions: tensor-core instructions of sm_80's kind, one warp's.
+    atomics: read-modify-write instructions on global memory, whose order no run repeats.
     serialized: whether ptxas says that it runs warp-group products one by one; on sm_90.
     hazards: instructions that touch registers of a warp-group product which is under way, and are no such product; on
         sm_90.
@@ -66,6 +68,8 @@ class Compiled:
     widest_load: int
     loads_in_flight: int
     bulk_copies: int
+    older_matrix_instructions: int
+    atomics: int
     serialized: bool
     hazards: list[str]
     instructions: list[int]
@@ -140,6 +144,8 @@ def inspect(case: str, name: str, kernel, log: str, dtype: torch.dtype) -> Compi
         widest_load=max(widths, default=0),
         loads_in_flight=max((int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", code)), default=0),
         bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", code)),
+        older_matrix_instructions=len(re.findall(TENSOR_CORE[80], code)),
+        atomics=len(re.findall(r"\b(?:atom|red)\.(?!shared)", code)),
         serialized="wgmma.mma_async instructions are serialized" in log,
         hazards=find_hazards(listing),
         instructions=count_instructions(listing) if listing else [],

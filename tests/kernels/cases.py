@@ -157,6 +157,8 @@ ATTENTION = {
     "512 px": (16, 1024, 16, 16, 64, 0, "2d", "none"),
     "layer norm, grouped heads": (64, 256, 16, 4, 64, 0, "1d", "layernorm"),
     "narrow": (64, 64, 6, 6, 16, 0, "none", "none"),
+    "32 channels": (64, 256, 8, 8, 32, 0, "1d", "none"),
+    "96 channels": (64, 256, 8, 8, 96, 0, "2d", "none"),
     "wide": (64, 256, 8, 8, 128, 0, "1d", "rmsnorm"),
 }
 
@@ -228,7 +230,7 @@ for name in ATTENTION:
     CASES[f"attention {name}"] = partial(launch_attention, ATTENTION[name], BFLOAT16), BFLOAT16
 for name in ("DSMoE-L", "JiT-L", "layer norm, grouped heads", "wide"):
     CASES[f"attention {name} float32"] = partial(launch_attention, ATTENTION[name], FLOAT32), FLOAT32
-for name in ("JiT-L", "wide"):
+for name in ("DSMoE-L", "JiT-L", "wide"):
     CASES[f"attention {name} float16"] = partial(launch_attention, ATTENTION[name], FLOAT16), FLOAT16
 for name in ADALN:
     CASES[f"adaln {name}"] = partial(launch_adaln, ADALN[name], BFLOAT16), BFLOAT16

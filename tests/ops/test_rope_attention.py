@@ -299,6 +299,7 @@ PACKED = QKV.flatten(2, 3)
         ),
         (ValueError, "rope: expected one of '1d', '2d', '2d_interleaved' or None, got '3d'", QKV, {"rope": "3d"}),
         (ValueError, "head_dim: expected a multiple of 4 for rope '2d', got 6", QKV[..., :6], {"rope": "2d"}),
+        (ValueError, "head_dim: expected a multiple of 4 for rope '2d', got 7", QKV[..., :7], {"rope": "2d"}),
         (ValueError, "head_dim: expected a multiple of 2 for rope '1d', got 7", QKV[..., :7], {"rope": "1d"}),
         (ValueError, "qk_norm: expected one of 'layernorm', 'rmsnorm', got 'l2'", QKV, {"qk_norm": "l2"}),
         (

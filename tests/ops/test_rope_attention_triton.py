@@ -83,11 +83,14 @@ def test_widths_of_heads(head_dim, rope):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("num_tokens", "head_dim", "norm"),
-    [(1, 32, None), (17, 64, "rmsnorm"), (70, 32, "layernorm"), (66, 72, None), (66, 96, "rmsnorm"), (66, 128, None)],
+    [
+        *((1, 32, None), (17, 64, "rmsnorm"), (70, 32, "layernorm"), (255, 32, None), (288, 16, "rmsnorm")),
+        *((66, 72, None), (66, 96, "rmsnorm"), (66, 128, None)),
+    ],
 )
 def test_error_is_at_most_twice_that_of_sdpa(num_tokens, head_dim, norm, dtype):
     """Against float64, in value and all gradients: `backend="torch"` rotates and normalises around SDPA."""
-    inputs, options = inputs_of(num_tokens, head_dim, norm=norm)
+    inputs, options = inputs_of(num_tokens, head_dim, norm=norm, heads=2 if num_tokens < 100 else 1)
     triton, sdpa = (partial(ops.rope_attention, **options, backend=backend) for backend in ("triton", "torch"))
     check_accuracy(triton, sdpa, dtype, inputs)
 
@@ -184,6 +187,11 @@ def test_opcheck(has_norm):
     options = (4, "2d", 0, "layernorm" if has_norm else "none", 1e-6, 0.25, True)
     arguments = (qkv, *norms, *tables, *options)
     torch.library.opcheck(library._rope_attention.overload, arguments, test_utils=CHECKS)
+    with torch.no_grad():
+        out, lse = library._rope_attention(*arguments)
+        arguments = (torch.randn_like(out), qkv, *norms, *tables, out, lse, *options[:-1])
+    arguments = [one.detach() if isinstance(one, torch.Tensor) else one for one in arguments]
+    torch.library.opcheck(library._rope_attention_backward.overload, arguments, test_utils=CHECKS)
 
 
 def layer_of(**options: object) -> RoPEAttention:
