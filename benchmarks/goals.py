@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.files import MARK, MARKED, load, marked, time_each
+from benchmarks.launches import ON_HOST
+from benchmarks.launches import OPS as OPS_ON_HOST
 from models.markdown import markdown_table
 
 FORWARD, BOTH = "forward", "forward+backward"
@@ -165,6 +167,7 @@ GOALS = [
     ),
     *(throughput(name, f"batch {count}", share) for name in EQUALS for count, share in ((64, 0.85), (256, 0.95))),
     *(throughput(name, "largest batch", 1.0) for name in EQUALS),
+    *(Goal(ON_HOST, op, FORWARD, 1.0, ours=("triton", "cuda"), baseline=("PyTorch",), today=()) for op in OPS_ON_HOST),
 ]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffmoe_kernels import Routing, ops
 
+ON_HOST = "on the host"  # in the place of an op's name: what is timed is the host's work
 OPS = ("permute", "permute of a bound", "unpermute", "router_topk")
 TOKENS, WIDTH, EXPERTS, TOP_K = 64, 64, 8, 2
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.launches import OPS, calls
+from benchmarks.launches import ON_HOST, OPS, calls
 from diffmoe_kernels.backend import KERNEL_BACKENDS
 
 CALLS = 40  # of a round, of up to 18 launches: about 1,000 wait in a stream's queue, then the host waits too
@@ -19,8 +19,8 @@ CALLS = 40  # of a round, of up to 18 launches: about 1,000 wait in a stream's q
 @pytest.mark.parametrize("provider", [*KERNEL_BACKENDS, "PyTorch"])
 @pytest.mark.parametrize("op", OPS)
 def test_launch(benchmark, request, spent, op: str, provider: str) -> None:
-    facts = {"op": "on the host", "name": op, "direction": "forward", "provider": provider, "backend": None}
-    facts |= {"ceiling": False, "published_size": False, "weights_dtype": "float32", "flops": 0, "least_bytes": 0}
+    facts = {"op": ON_HOST, "name": op, "direction": "forward", "provider": provider, "backend": None}
+    facts |= {"ceiling": False, "published_size": True, "weights_dtype": "float32", "flops": 0, "least_bytes": 0}
     request.node.user_properties.append(("facts", facts))
     if not torch.cuda.is_available():
         pytest.skip("launches are a GPU's")

@@ -22,7 +22,7 @@ from benchmarks import goals, measure
 from benchmarks.adaln import AdaLNShape
 from benchmarks.cases import all_cases
 from benchmarks.files import load
-from benchmarks.launches import OPS, calls
+from benchmarks.launches import ON_HOST, OPS, calls
 from benchmarks.registry import BOTH, FORWARD, GPU, AttentionShape, Case, Shape, Where
 from benchmarks.whole_models import ModelShape
 from diffmoe_kernels.backend import KERNEL_BACKENDS
@@ -244,6 +244,8 @@ def results() -> dict:
             record(*training("DSMoE-L-E16, batch 64"), "grouped_mm, compiled", 112.9, images=64),
             record(*training("DSMoE-L-E16, batch 256"), "triton, compiled", 289.0, images=256),
             record(*training("DSMoE-L-E16, largest batch"), "triton, compiled", 519.0, images=512),
+            record(ON_HOST, "permute", FORWARD, "PyTorch", 0.004),
+            record(ON_HOST, "permute", FORWARD, "cuda", 0.015),
             {"extra_info": {"of": "another suite"}, "stats": {"median": 1.0}},
         ],
     }
@@ -291,8 +293,11 @@ def test_goals_of_a_file() -> None:
     assert largest[2:] == ["987 images/s (triton, compiled, 512 images)", "1.00", ">= 1 x", "yes"]
     told = "not measured: triton, compiled: not in the file"
     assert rows["training step JiTMoE-L/16-E16, batch 64, forward+backward"][-1] == told
+    assert rows["on the host permute, forward"][1:] == [
+        *("0.004 ms (PyTorch)", "0.015 ms (cuda)", "3.75", "ahead", "**no**, 3.75 x the goal")
+    ]
     text = goals.report(results())
-    assert "NVIDIA H200" in text and "24 measured, 1 skipped, 1 failed" in text and "result is wrong" in text
+    assert "NVIDIA H200" in text and "26 measured, 1 skipped, 1 failed" in text and "result is wrong" in text
 
 
 def test_goals_need_the_published_sizes() -> None:
@@ -304,6 +309,7 @@ def test_goals_need_the_published_sizes() -> None:
 
 def test_goals_name_cases_that_there_are() -> None:
     there = {(*case.key, provider) for case in all_cases(GPU) for provider in case.providers}
+    there |= {(ON_HOST, op, FORWARD, provider) for op in OPS for provider in (*KERNEL_BACKENDS, "PyTorch")}
     for goal in goals.GOALS:
         assert set(goal.of_ours) & there
         assert {key for key in goal.of_baseline + goal.of_today if key[3] != "copy"} <= there
