@@ -9,8 +9,9 @@ TRITON ?= triton==3.7.1
 JOBS ?= 2
 DEMO ?= runs/demo
 ZOO ?= runs/zoo
-# Of gpu-check: the file that it writes, and after how many seconds it starts nothing more.
-RESULTS ?= benchmarks/results/gpu.json
+# Of gpu-check: the file that it writes, by default named after the GPU and the day, and after how many seconds it starts
+# nothing more.
+RESULTS ?=
 BUDGET ?= 500
 FAMILIES := $(addsuffix -digits,DiT DSMoE DiffMoE TC-DiT EC-DiT JiT JiTMoE)
 
@@ -58,7 +59,7 @@ bench: $(VENV)/.installed  ## times of ops, layers and models on this machine, a
 
 # Takes what $(PYTHON) has, torch, triton, pytest and pytest-benchmark among it, and installs nothing.
 gpu-check:  ## the tests that need a CUDA device, then the benchmarks, then what they reach of the goals
-	$(PYTHON) -m benchmarks.check "$(RESULTS)" --budget=$(BUDGET)
+	$(PYTHON) -m benchmarks.check $(if $(RESULTS),"$(RESULTS)") --budget=$(BUDGET)
 
 clean:  ## all but the runs of your own
 	rm -rf $(VENV) $(DEMO) $(ZOO) build dist *.egg-info diffmoe_kernels/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
 from pathlib import Path
 
 from benchmarks.files import kept_from_running, load
@@ -68,6 +70,17 @@ def build() -> tuple[int, str]:
         if status or not built.exists():
             return status, told
     return run([sys.executable, "-c", "from diffmoe_kernels.cuda_support import status; print(status())"], 60)
+
+
+def named_after_the_gpu() -> Path:
+    """benchmarks/results/<gpu>-<date>.json, such as nvidia-h200-2026-11-22.json."""
+    # In another process: a context of this one would take memory from what is timed.
+    told = run([sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"], 60)
+    last = told[1].splitlines()[-1]
+    if told[0]:
+        raise OSError(f"no GPU to name the results after: {last}")
+    gpu = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"{gpu}-{date.today()}.json"
 
 
 def check(results: Path, budget: float, tests: Sequence[str], parts: Sequence[str] = PARTS) -> int:
@@ -144,11 +157,18 @@ def check(results: Path, budget: float, tests: Sequence[str], parts: Sequence[st
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description="Tests and times on a GPU.")
-    parser.add_argument("results", type=Path, help="the JSON file to write")
+    parser.add_argument(
+        "results", type=Path, nargs="?", help="the JSON file to write; benchmarks/results/<gpu>-<date>.json by default"
+    )
     parser.add_argument("--budget", type=float, default=500, help="seconds after which nothing more is started")
     options = parser.parse_args(arguments)
     os.environ.setdefault(COMPILE_THREADS, "4")  # of each process
-    return check(options.results, options.budget, gpu_tests())
+    try:
+        results = options.results or named_after_the_gpu()
+    except OSError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return check(results, options.budget, gpu_tests())
 
 
 if __name__ == "__main__":

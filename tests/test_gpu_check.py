@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,17 @@ def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypa
     assert {name for name, number in threads.items() if number != "1"} == set(ALONE)  # what was not compiled before
     budgets = {words.split("--part=")[1].split()[0]: words.split("--budget=")[1].split()[0] for words in timed}
     assert float(budgets["models"]) < float(budgets["extras"]) - 40
+
+
+def test_results_are_named_after_the_gpu_and_the_day(monkeypatch, capsys) -> None:
+    asked = []
+    monkeypatch.setattr(check, "check", lambda results, budget, tests: asked.append(results) or 0)
+    monkeypatch.setattr(check, "run", lambda command, seconds: (0, "a warning\nNVIDIA H200 (NVL)"))
+    assert check.main([]) == check.main(["here.json"]) == 0
+    folder = check.ROOT / "benchmarks" / "results"
+    assert asked == [folder / f"nvidia-h200-nvl-{date.today()}.json", Path("here.json")]
+    monkeypatch.setattr(check, "run", lambda command, seconds: (1, "RuntimeError: no NVIDIA driver"))
+    assert check.main([]) == 2 and "no NVIDIA driver" in capsys.readouterr().err and len(asked) == 2
 
 
 def test_what_a_failed_capture_kept_from_running_runs_in_another_process(tmp_path, monkeypatch, capsys) -> None:
