@@ -135,6 +135,16 @@ def test_a_source_distribution_holds_all_that_its_build_reads(tmp_path) -> None:
         done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
+    pip += ["--target", tmp_path / "installed", archive]
+    done = subprocess.run(pip, env=environment | {"DIFFMOE_BUILD_CUDA": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-c", "import diffmoe_kernels; print(diffmoe_kernels.__file__)"]
+    told = subprocess.run(
+        command, cwd=tmp_path / "installed", env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert Path(told.strip()) == tmp_path / "installed" / "diffmoe_kernels" / "__init__.py"
+
 
 @pytest.mark.skipif(not CAN_BUILD or not is_installed("pybind11"), reason="needs cmake, ninja and pybind11")
 @needs_nvcc
