@@ -6,6 +6,7 @@
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -26,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     if config.getoption("markexpr") == "gpu":
         return
+    if "diffmoe_kernels" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("a conftest.py imported diffmoe_kernels before Triton was told to interpret")
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers are as many as the cores

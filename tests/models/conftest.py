@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
-from models.data.encoding import encode_folder
-from tests.models.helpers import save_vae
-
 SIZE = 16
 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
+    from tests.models.helpers import save_vae  # not above: `pytest tests/models` reads this file first
+
     return save_vae(tmp_path_factory.mktemp("vae"))
 
 
@@ -30,5 +29,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def latents(images, vae, tmp_path):
+    from models.data.encoding import encode_folder
+
     encode_folder(images, vae, tmp_path / "latents", image_size=SIZE, batch_size=2)
     return tmp_path / "latents"

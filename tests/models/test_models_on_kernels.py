@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffmoe_kernels.testing import relative_error
 from diffmoe_kernels.triton_support import HAS_TRITON
 from models import create_model
+from models.objectives import RectifiedFlow
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 NAMES = [f"{family}-digits" for family in ("DiT", "DSMoE", "DiffMoE", "JiT", "JiTMoE", "TC-DiT", "EC-DiT")]
@@ -49,3 +50,25 @@ def test_a_model_on_the_kernels(name, training):
     assert ours.keys() == right.keys() and right["y"].abs().max() > 0.01
     for key, expected in right.items():
         assert relative_error(ours[key], expected) < 1e-4, key
+
+
+def test_guidance_launches_no_kernel_more(monkeypatch):
+    """A guided step is one call of the model, of twice the batch."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    launched = []
+    run = interpreter.GridExecutor.__call__
+
+    def counted(self, *args, **options):
+        launched.append(self.fn.__name__)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    model = models_of("DSMoE-digits")[0].eval()
+    shape = model.in_channels, model.input_size, model.input_size
+    labels, sample = torch.zeros(4, dtype=torch.int64), RectifiedFlow().sample
+    sample(model, torch.randn(4, *shape), labels, steps=1, method="euler")
+    plain = launched.copy()
+    launched.clear()
+    null = torch.full((2,), model.null_label)
+    sample(model, torch.randn(2, *shape), labels[:2], steps=1, method="euler", cfg_scale=2.0, null_labels=null)
+    assert launched == plain and "_forward_kernel" in plain
