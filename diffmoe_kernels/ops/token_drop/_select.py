@@ -324,7 +324,7 @@ def select(
         by_token,
         parts,
         CHUNK,
-        num_warps=8,
+        num_warps=16,  # with 8 one compiler spills
     )
     for step in range(1, 5):
         _next_digit_kernel[grid](
