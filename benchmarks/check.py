@@ -76,7 +76,7 @@ def named_after_the_gpu() -> Path:
     """benchmarks/results/<gpu>-<date>.json, such as nvidia-h200-2026-11-22.json."""
     # In another process: a context of this one would take memory from what is timed.
     told = run([sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"], 60)
-    last = told[1].splitlines()[-1]
+    last = (told[1].splitlines() or ["its process told nothing"])[-1]
     if told[0]:
         raise OSError(f"no GPU to name the results after: {last}")
     gpu = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")

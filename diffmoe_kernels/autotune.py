@@ -4,8 +4,8 @@ Off by default: kernels take what their op's `tiles.py` picks. With ``DIFFMOE_AU
 call of each kernel at a new shape class times the candidates on the data at hand, most of it compiling, and notes the
 fastest in ``tiles.json``, which later calls and later processes read. What stands there first holds: all processes that
 can write the file, ranks that search at the same time too, take the same tile for a key, and with it the same order of
-summation. It lies in ``DIFFMOE_CACHE_DIR``, or ``diffmoe-kernels`` in the user's
-cache directory. Nothing is searched while a CUDA graph is captured: run a step before.
+summation. It lies in ``DIFFMOE_CACHE_DIR``, or ``diffmoe-kernels`` in the user's cache directory. Nothing is searched
+while a CUDA graph is captured: run a step before.
 """
 
 from __future__ import annotations
