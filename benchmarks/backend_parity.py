@@ -19,7 +19,7 @@ from models import create_model
 from models.markdown import markdown_table
 from models.training.logs import machine
 
-MODELS = ["DSMoE-digits", "DiffMoE-digits"]
+MODELS = ["DSMoE-digits", "DiffMoE-digits", "JiTMoE-digits"]
 BATCH_SIZE = 64
 NOTES = f"""distance: between the backend and the reference, both of seed {SEEDS[0]}.
 spread: between the reference's seeds {SEEDS}; of the final loss the greatest less the least, else of the nearest two.

@@ -189,9 +189,10 @@ def run_parity(config: ParityConfig) -> str | None:
         OSError, ValueError: files that can't be read, options that do not fit the data or an earlier run in the output.
         NonFiniteError, RunError: a run failed.
     """
-    data, device = load_dataset(config.data), pick_device(config.device)
+    data, device = load_dataset(config.data, flip=False), pick_device(config.device)
     fid = "FID-50K" if config.num_samples == 50_000 else f"FID of {config.num_samples} samples"
-    fid_scorer = None if config.is_digits else FidScorer(fid, config.inception, config.reference, device)
+    files = config.inception, config.reference
+    fid_scorer = None if config.is_digits else FidScorer(fid, data, config.num_samples, *files, device)
     runs = {name: [make_run(config, name, seed) for seed in range(config.seeds)] for name in config.models}
     if config.overwrite:
         folders = [runs[name][0].folder.parent for name in config.models]

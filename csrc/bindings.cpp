@@ -24,16 +24,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("why_no_device", &diffmoe::why_no_device);
   module.def("why_not_here", &diffmoe::why_not_here);
 
-  module.def("gather", &diffmoe::gather, Released());
-  module.def("gather_sum", &diffmoe::gather_sum, Released());
-  module.def("unpermute_backward", &diffmoe::unpermute_backward, Released());
+  module.def("permute_fwd", &diffmoe::permute_fwd, Released());
+  module.def("unpermute_fwd", &diffmoe::unpermute_fwd, Released());
+  module.def("unpermute_bwd", &diffmoe::unpermute_bwd, Released());
 
   module.def("router_chunks", &diffmoe::router_chunks);
-  module.def("router_topk", &diffmoe::router_topk, Released());
-  module.def("router_topk_backward", &diffmoe::router_topk_backward, Released());
+  module.def("router_topk_fwd", &diffmoe::router_topk_fwd, Released());
+  module.def("router_topk_bwd", &diffmoe::router_topk_bwd, Released());
 
   module.def("token_drop_chunks", &diffmoe::token_drop_chunks);
-  module.def("token_drop", &diffmoe::token_drop, Released());
-  module.def("spread_gates", &diffmoe::spread_gates, Released());
-  module.def("drop_choices", &diffmoe::drop_choices, Released());
+  module.def("token_drop_fwd", &diffmoe::token_drop_fwd, Released());
+  module.def("token_drop_bwd", &diffmoe::token_drop_bwd, Released());
+  module.def("token_choice_drop_fwd", &diffmoe::token_choice_drop_fwd, Released());
 }

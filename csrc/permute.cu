@@ -12,8 +12,8 @@ constexpr int kInFlight = 4;  // vectors that a thread moves at once
 // x (T, D), token_indices (R,), group_offsets (E,) -> out (R, D), whose padding is not written
 template <class Vector>
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const Vector* __restrict__ x, const int* __restrict__ token_indices,
-                  const int* __restrict__ group_offsets, Vector* __restrict__ out, int num_groups, int vectors) {
+    permute_fwd_kernel(const Vector* __restrict__ x, const int* __restrict__ token_indices,
+                       const int* __restrict__ group_offsets, Vector* __restrict__ out, int num_groups, int vectors) {
   const int64_t end = static_cast<int64_t>(group_offsets[num_groups - 1]) * vectors;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * (kThreads * kInFlight);
   if (begin >= end) return;
@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kThreads)
 // rows (R, D), gates (R,), token_offsets (T + 1,), token_rows (R,) -> out (T, D)
 template <class T, int N, bool kHasGates>
 __global__ void __launch_bounds__(kThreads)
-    gather_sum_kernel(const T* __restrict__ rows, const float* __restrict__ gates,
-                      const int* __restrict__ token_offsets, const int* __restrict__ token_rows, T* __restrict__ out,
-                      int num_tokens, int vectors) {
+    unpermute_fwd_kernel(const T* __restrict__ rows, const float* __restrict__ gates,
+                         const int* __restrict__ token_offsets, const int* __restrict__ token_rows, T* __restrict__ out,
+                         int num_tokens, int vectors) {
   using Vector = Vec<T, N>;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t token = at / vectors;
@@ -85,10 +85,10 @@ __global__ void __launch_bounds__(kThreads)
 // A warp for each row; gradients of the padding are 0.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 2)
-    unpermute_backward_kernel(const T* __restrict__ rows, const float* __restrict__ gates,
-                              const int* __restrict__ token_indices, const int* __restrict__ group_offsets,
-                              const T* __restrict__ grad_out, T* __restrict__ grad_rows, float* __restrict__ grad_gates,
-                              int num_groups, int num_rows, int vectors) {
+    unpermute_bwd_kernel(const T* __restrict__ rows, const float* __restrict__ gates,
+                         const int* __restrict__ token_indices, const int* __restrict__ group_offsets,
+                         const T* __restrict__ grad_out, T* __restrict__ grad_rows, float* __restrict__ grad_gates,
+                         int num_groups, int num_rows, int vectors) {
   using Vector = Vec<T, N>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -132,44 +132,46 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-void gather(Pointer x, Pointer token_indices, Pointer group_offsets, Pointer out, int num_groups, int64_t num_rows,
-            int64_t columns, int type, Stream stream) {
+void permute_fwd(Pointer x, Pointer token_indices, Pointer group_offsets, Pointer out, int num_groups, int64_t num_rows,
+                 int64_t columns, int type, Stream stream) {
   with_vectors(
       type, columns,
       [&](auto zero, auto numbers) {
         using Vector = Vec<decltype(zero), numbers()>;
         const int64_t vectors = columns / numbers();
-        launch("gather", gather_kernel<Vector>, ceil_div(num_rows * vectors, kThreads * kInFlight), kThreads, stream,
-               pointer<const Vector>(x), pointer<const int>(token_indices), pointer<const int>(group_offsets),
+        launch("permute_fwd", permute_fwd_kernel<Vector>, ceil_div(num_rows * vectors, kThreads * kInFlight), kThreads,
+               stream, pointer<const Vector>(x), pointer<const int>(token_indices), pointer<const int>(group_offsets),
                pointer<Vector>(out), num_groups, static_cast<int>(vectors));
       },
       x, out);
 }
 
-void gather_sum(Pointer rows, Pointer gates, Pointer token_offsets, Pointer token_rows, Pointer out, int64_t num_tokens,
-                int64_t columns, int type, Stream stream) {
+void unpermute_fwd(Pointer rows, Pointer gates, Pointer token_offsets, Pointer token_rows, Pointer out,
+                   int64_t num_tokens, int64_t columns, int type, Stream stream) {
   with_vectors(
       type, columns,
       [&](auto zero, auto numbers) {
         using T = decltype(zero);
         const int64_t vectors = columns / numbers();
-        const auto kernel = gates ? gather_sum_kernel<T, numbers(), true> : gather_sum_kernel<T, numbers(), false>;
-        launch("gather_sum", kernel, ceil_div(num_tokens * vectors, kThreads), kThreads, stream, pointer<const T>(rows),
-               pointer<const float>(gates), pointer<const int>(token_offsets), pointer<const int>(token_rows),
-               pointer<T>(out), static_cast<int>(num_tokens), static_cast<int>(vectors));
+        const auto kernel =
+            gates ? unpermute_fwd_kernel<T, numbers(), true> : unpermute_fwd_kernel<T, numbers(), false>;
+        launch("unpermute_fwd", kernel, ceil_div(num_tokens * vectors, kThreads), kThreads, stream,
+               pointer<const T>(rows), pointer<const float>(gates), pointer<const int>(token_offsets),
+               pointer<const int>(token_rows), pointer<T>(out), static_cast<int>(num_tokens),
+               static_cast<int>(vectors));
       },
       rows, out);
 }
 
-void unpermute_backward(Pointer rows, Pointer gates, Pointer token_indices, Pointer group_offsets, Pointer grad_out,
-                        Pointer grad_rows, Pointer grad_gates, int num_groups, int64_t num_rows, int64_t columns,
-                        int type, Stream stream) {
+void unpermute_bwd(Pointer rows, Pointer gates, Pointer token_indices, Pointer group_offsets, Pointer grad_out,
+                   Pointer grad_rows, Pointer grad_gates, int num_groups, int64_t num_rows, int64_t columns, int type,
+                   Stream stream) {
   with_vectors(
       type, columns,
       [&](auto zero, auto numbers) {
         using T = decltype(zero);
-        launch("unpermute_backward", unpermute_backward_kernel<T, numbers()>, ceil_div(num_rows, kThreads / kWarp),
-               kThreads, stream, pointer<const T>(rows), pointer<const float>(gates), pointer<const int>(token_indices),
+        launch("unpermute_bwd", unpermute_bwd_kernel<T, numbers()>, ceil_div(num_rows, kThreads / kWarp), kThreads,
+               stream, pointer<const T>(rows), pointer<const float>(gates), pointer<const int>(token_indices),
                pointer<const int>(group_offsets), pointer<const T>(grad_out), pointer<T>(grad_rows),
                pointer<float>(grad_gates), num_groups, static_cast<int>(num_rows),
                static_cast<int>(columns / numbers()));

@@ -1,10 +1,9 @@
 // router_topk: a counting sort in two launches, no global atomics, the same bits every run.
 // T tokens, E experts, K choices a token, R = T K rows, C chunks of equal size, the last one possibly shorter.
 //
-// 1. choose_kernel: a warp scores a token and chooses its experts; a block counts its chunk's choices by expert.
-// 2. place_choices_kernel: a block sums the counts of all chunks and of those before its own, ranks its tokens among
-// those of
-//    its chunk by bits, one a token, and writes weights and record.
+// 1. router_topk_choose_kernel: a warp scores a token and chooses its experts; a block counts its chunk's choices.
+// 2. router_topk_place_kernel: a block sums the counts of all chunks and of those before its own, ranks its tokens
+//    among those of its chunk by bits, one a token, and writes weights and record.
 #include "common.cuh"
 #include "ops.h"
 #include "order.cuh"
@@ -13,7 +12,7 @@ namespace diffmoe {
 namespace {
 
 constexpr int kMaxExperts = 256;
-constexpr int kMaxChunks = 256;  // all counts are read by every block of place_choices_kernel
+constexpr int kMaxChunks = 256;  // all counts are read by every block of router_topk_place_kernel
 constexpr int kChooseThreads = 1024;
 constexpr int kPlaceThreads = 256;
 constexpr int kWords = kPlaceThreads / kWarp;
@@ -81,9 +80,9 @@ __device__ void mask_groups(unsigned (&keys)[J], int lane, int num_experts, int 
 // logits (T, E), bias (E,) or none -> scores (T, E), topk_ids (T, K), counts (C, E)
 template <class T, int J>
 __global__ void __launch_bounds__(kChooseThreads)
-    choose_kernel(const T* __restrict__ logits, const float* __restrict__ bias, float* __restrict__ scores,
-                  int* __restrict__ topk_ids, int* __restrict__ counts, int num_tokens, int chunk, int num_experts,
-                  int top_k, bool softmax, int num_groups, int top_groups, float fill) {
+    router_topk_choose_kernel(const T* __restrict__ logits, const float* __restrict__ bias, float* __restrict__ scores,
+                              int* __restrict__ topk_ids, int* __restrict__ counts, int num_tokens, int chunk,
+                              int num_experts, int top_k, bool softmax, int num_groups, int top_groups, float fill) {
   __shared__ int own_counts[kMaxExperts];
   const int lane = threadIdx.x % kWarp;
   for (int expert = threadIdx.x; expert < num_experts; expert += kChooseThreads) own_counts[expert] = 0;
@@ -146,11 +145,12 @@ __global__ void __launch_bounds__(kChooseThreads)
 // scores (T, E), topk_ids (T, K), counts (C, E) -> topk_weights (T, K), token_indices (R,), gates (R,),
 // group_offsets (E,), token_offsets (T + 1,), token_rows (R,)
 __global__ void __launch_bounds__(kPlaceThreads)
-    place_choices_kernel(const float* __restrict__ scores, const int* __restrict__ topk_ids,
-                         const int* __restrict__ counts, float* __restrict__ topk_weights,
-                         int* __restrict__ token_indices, float* __restrict__ gates, int* __restrict__ group_offsets,
-                         int* __restrict__ token_offsets, int* __restrict__ token_rows, int num_tokens, int chunk,
-                         int num_chunks, int num_experts, int top_k, bool normalize, float scale) {
+    router_topk_place_kernel(const float* __restrict__ scores, const int* __restrict__ topk_ids,
+                             const int* __restrict__ counts, float* __restrict__ topk_weights,
+                             int* __restrict__ token_indices, float* __restrict__ gates,
+                             int* __restrict__ group_offsets, int* __restrict__ token_offsets,
+                             int* __restrict__ token_rows, int num_tokens, int chunk, int num_chunks, int num_experts,
+                             int top_k, bool normalize, float scale) {
   __shared__ int next_row[kMaxExperts];  // of the chunk's next token that chose the expert
   __shared__ int totals[kMaxExperts];
   __shared__ unsigned choosers[kWords][kMaxExperts];  // of 32 tokens each, a bit for each that chose the expert
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kPlaceThreads)
 // token_rows (R,) -> grad_logits (T, E). A warp for each token.
 template <class T, int J>
 __global__ void __launch_bounds__(kPlaceThreads, 4)
-    router_backward_kernel(const float* __restrict__ grad_weights, const float* __restrict__ grad_scores,
+    router_topk_bwd_kernel(const float* __restrict__ grad_weights, const float* __restrict__ grad_scores,
                            const float* __restrict__ grad_gates, const float* __restrict__ scores,
                            const int* __restrict__ topk_ids, const int* __restrict__ token_rows,
                            T* __restrict__ grad_logits, int num_tokens, int num_experts, int top_k, bool softmax,
@@ -303,34 +303,34 @@ int router_chunks(int64_t num_tokens) {
   return static_cast<int>(ceil_div(num_tokens, std::max<int64_t>(kWarp, ceil_div(num_tokens, kMaxChunks))));
 }
 
-void router_topk(Pointer logits, Pointer bias, Pointer scores, Pointer topk_ids, Pointer counts, Pointer topk_weights,
-                 Pointer token_indices, Pointer gates, Pointer group_offsets, Pointer token_offsets, Pointer token_rows,
-                 int64_t num_tokens, int num_experts, int top_k, int type, bool softmax, int num_groups, int top_groups,
-                 float fill, bool normalize, float scale, Stream stream) {
+void router_topk_fwd(Pointer logits, Pointer bias, Pointer scores, Pointer topk_ids, Pointer counts,
+                     Pointer topk_weights, Pointer token_indices, Pointer gates, Pointer group_offsets,
+                     Pointer token_offsets, Pointer token_rows, int64_t num_tokens, int num_experts, int top_k,
+                     int type, bool softmax, int num_groups, int top_groups, float fill, bool normalize, float scale,
+                     Stream stream) {
   const int num_chunks = router_chunks(num_tokens);
   const int chunk = static_cast<int>(ceil_div(num_tokens, num_chunks)), tokens = static_cast<int>(num_tokens);
   with_type(type, [&](auto zero) {
     with_experts_of_lane(num_experts, [&](auto of_lane) {
       using T = decltype(zero);
-      launch("choose", choose_kernel<T, of_lane()>, num_chunks, kChooseThreads, stream, pointer<const T>(logits),
-             pointer<const float>(bias), pointer<float>(scores), pointer<int>(topk_ids), pointer<int>(counts), tokens,
-             chunk, num_experts, top_k, softmax, num_groups, top_groups, fill);
+      launch("router_topk_choose", router_topk_choose_kernel<T, of_lane()>, num_chunks, kChooseThreads, stream,
+             pointer<const T>(logits), pointer<const float>(bias), pointer<float>(scores), pointer<int>(topk_ids),
+             pointer<int>(counts), tokens, chunk, num_experts, top_k, softmax, num_groups, top_groups, fill);
     });
   });
-  launch("place_choices", place_choices_kernel, num_chunks, kPlaceThreads, stream, pointer<const float>(scores),
+  launch("router_topk_place", router_topk_place_kernel, num_chunks, kPlaceThreads, stream, pointer<const float>(scores),
          pointer<const int>(topk_ids), pointer<const int>(counts), pointer<float>(topk_weights),
          pointer<int>(token_indices), pointer<float>(gates), pointer<int>(group_offsets), pointer<int>(token_offsets),
          pointer<int>(token_rows), tokens, chunk, num_chunks, num_experts, top_k, normalize, scale);
 }
 
-void router_topk_backward(Pointer grad_weights, Pointer grad_scores, Pointer grad_gates, Pointer scores,
-                          Pointer topk_ids, Pointer token_rows, Pointer grad_logits, int64_t num_tokens,
-                          int num_experts, int top_k, int type, bool softmax, bool normalize, float scale,
-                          Stream stream) {
+void router_topk_bwd(Pointer grad_weights, Pointer grad_scores, Pointer grad_gates, Pointer scores, Pointer topk_ids,
+                     Pointer token_rows, Pointer grad_logits, int64_t num_tokens, int num_experts, int top_k, int type,
+                     bool softmax, bool normalize, float scale, Stream stream) {
   with_type(type, [&](auto zero) {
     with_experts_of_lane(num_experts, [&](auto of_lane) {
       using T = decltype(zero);
-      launch("router_backward", router_backward_kernel<T, of_lane()>, ceil_div(num_tokens, kPlaceThreads / kWarp),
+      launch("router_topk_bwd", router_topk_bwd_kernel<T, of_lane()>, ceil_div(num_tokens, kPlaceThreads / kWarp),
              kPlaceThreads, stream, pointer<const float>(grad_weights), pointer<const float>(grad_scores),
              pointer<const float>(grad_gates), pointer<const float>(scores), pointer<const int>(topk_ids),
              pointer<const int>(token_rows), pointer<T>(grad_logits), static_cast<int>(num_tokens), num_experts, top_k,

@@ -12,8 +12,8 @@ constexpr int kInFlight = 4;  // vectors of ids that a thread reads at once
 // ids (R,), scores (R,) -> kept (R,), a copy of the ids: -1 in those past an expert's best, num_dropped (E,)
 template <class I, int N, class S>
 __global__ void __launch_bounds__(kCutThreads, 1)
-    drop_choices_kernel(const I* __restrict__ ids, const S* __restrict__ scores, I* __restrict__ kept,
-                        int64_t* __restrict__ num_dropped, int num_slots, int capacity) {
+    token_choice_drop_kernel(const I* __restrict__ ids, const S* __restrict__ scores, I* __restrict__ kept,
+                             int64_t* __restrict__ num_dropped, int num_slots, int capacity) {
   __shared__ int histogram[kDigits];
   __shared__ int parts[kCutThreads / kWarp];
   __shared__ int found[2];
@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kCutThreads, 1)
 
 }  // namespace
 
-void drop_choices(Pointer ids, Pointer scores, Pointer kept, Pointer num_dropped, int64_t num_slots, int num_experts,
-                  int64_t capacity, bool wide_ids, int type, Stream stream) {
+void token_choice_drop_fwd(Pointer ids, Pointer scores, Pointer kept, Pointer num_dropped, int64_t num_slots,
+                           int num_experts, int64_t capacity, bool wide_ids, int type, Stream stream) {
   if (num_slots > INT32_MAX) {
     throw std::invalid_argument("num_slots: expected at most 2^31 - 1, got " + std::to_string(num_slots));
   }
@@ -95,7 +95,7 @@ void drop_choices(Pointer ids, Pointer scores, Pointer kept, Pointer num_dropped
     using S = decltype(zero);
     const auto go = [&](auto id, auto numbers) {
       using I = decltype(id);
-      launch("drop_choices", drop_choices_kernel<I, numbers(), S>, num_experts, kCutThreads, stream,
+      launch("token_choice_drop", token_choice_drop_kernel<I, numbers(), S>, num_experts, kCutThreads, stream,
              pointer<const I>(ids), pointer<const S>(scores), pointer<I>(kept), pointer<int64_t>(num_dropped),
              static_cast<int>(num_slots), most);
     };

@@ -2,9 +2,8 @@
 // T tokens in P pools of S, E experts, R rows, B chunks of a pool's tokens. A segment is one expert's scores in one
 // pool. Its cut: keys above it are chosen, and of those equal to it the first few, its ties, in token order.
 //
-// 1. cut_kernel: a block finds a segment's cut digit by digit, and counts the chosen in each of its chunks.
-// 2. place_chosen_kernel: a block sums the counts of the chunks before its own, and ranks its tokens by bits, one a
-// token.
+// 1. token_drop_cut_kernel: a block finds a segment's cut digit by digit, and counts the chosen in each of its chunks.
+// 2. token_drop_place_kernel: a block sums the counts of the chunks before its own, and ranks its tokens by bits.
 #include "common.cuh"
 #include "ops.h"
 #include "select.cuh"
@@ -13,10 +12,10 @@ namespace diffmoe {
 namespace {
 
 constexpr int kMaxExperts = 256;
-constexpr int kHeld = 16;  // keys that a thread of cut_kernel keeps in registers
+constexpr int kHeld = 16;  // keys that a thread of token_drop_cut_kernel keeps in registers
 constexpr int kPlaceThreads = 256;
 constexpr int kWords = kPlaceThreads / kWarp;
-constexpr int kMaxChunks = 256;  // of a pool: each block of place_chosen_kernel reads the counts of those before
+constexpr int kMaxChunks = 256;  // of a pool: each block of token_drop_place_kernel reads the counts of those before
 
 template <class T>
 __device__ bool passes(T logit, float threshold) {
@@ -27,10 +26,10 @@ __device__ bool passes(T logit, float threshold) {
 // counts (P, B, E): in each chunk how many keys are above the cut, and 65536 times how many are equal to it
 template <class S, class L>
 __global__ void __launch_bounds__(kCutThreads)
-    cut_kernel(const S* __restrict__ scores, const L* __restrict__ logits, const float* __restrict__ thresholds,
-               unsigned* __restrict__ cuts, int* __restrict__ ties, int* __restrict__ wanted_out,
-               unsigned* __restrict__ counts, int pool_size, int num_experts, int capacity, int chunk, int num_chunks,
-               bool by_token) {
+    token_drop_cut_kernel(const S* __restrict__ scores, const L* __restrict__ logits,
+                          const float* __restrict__ thresholds, unsigned* __restrict__ cuts, int* __restrict__ ties,
+                          int* __restrict__ wanted_out, unsigned* __restrict__ counts, int pool_size, int num_experts,
+                          int capacity, int chunk, int num_chunks, bool by_token) {
   __shared__ int histogram[kDigits];
   __shared__ int parts[kCutThreads / kWarp];
   __shared__ int found[2];
@@ -102,13 +101,14 @@ __global__ void __launch_bounds__(kCutThreads)
 // -> gates (R,), token_indices (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,), num_dropped ()
 template <class S, class L>
 __global__ void __launch_bounds__(kPlaceThreads)
-    place_chosen_kernel(const S* __restrict__ scores, const L* __restrict__ logits,
-                        const float* __restrict__ thresholds, const unsigned* __restrict__ cuts,
-                        const int* __restrict__ ties, const int* __restrict__ wanted,
-                        const unsigned* __restrict__ counts, float* __restrict__ gates, int* __restrict__ token_indices,
-                        int* __restrict__ group_offsets, int* __restrict__ token_offsets, int* __restrict__ token_rows,
-                        int64_t* __restrict__ num_dropped, int num_pools, int pool_size, int num_experts, int capacity,
-                        int chunk, int num_chunks, int64_t num_rows, bool by_token) {
+    token_drop_place_kernel(const S* __restrict__ scores, const L* __restrict__ logits,
+                            const float* __restrict__ thresholds, const unsigned* __restrict__ cuts,
+                            const int* __restrict__ ties, const int* __restrict__ wanted,
+                            const unsigned* __restrict__ counts, float* __restrict__ gates,
+                            int* __restrict__ token_indices, int* __restrict__ group_offsets,
+                            int* __restrict__ token_offsets, int* __restrict__ token_rows,
+                            int64_t* __restrict__ num_dropped, int num_pools, int pool_size, int num_experts,
+                            int capacity, int chunk, int num_chunks, int64_t num_rows, bool by_token) {
   __shared__ int starts[kMaxExperts];                       // of the pool's rows
   __shared__ int aboves[kMaxExperts], equals[kMaxExperts];  // of the pool's tokens so far
   __shared__ unsigned cut_of[kMaxExperts];
@@ -235,9 +235,9 @@ __global__ void __launch_bounds__(kPlaceThreads)
 // grad_gates (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,) -> grad_scores (T, E)
 template <class T>
 __global__ void __launch_bounds__(kPlaceThreads)
-    spread_gates_kernel(const float* __restrict__ grad_gates, const int* __restrict__ group_offsets,
-                        const int* __restrict__ token_offsets, const int* __restrict__ token_rows,
-                        T* __restrict__ grad_scores, int64_t num_scores, int num_experts) {
+    token_drop_bwd_kernel(const float* __restrict__ grad_gates, const int* __restrict__ group_offsets,
+                          const int* __restrict__ token_offsets, const int* __restrict__ token_rows,
+                          T* __restrict__ grad_scores, int64_t num_scores, int num_experts) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kPlaceThreads + threadIdx.x;
   if (at >= num_scores) return;
   const int64_t token = at / num_experts;
@@ -272,10 +272,10 @@ int token_drop_chunks(int64_t pool_size) {
   return static_cast<int>(ceil_div(pool_size, chunk_of(pool_size)));
 }
 
-void token_drop(Pointer scores, Pointer logits, Pointer thresholds, Pointer cuts, Pointer ties, Pointer wanted,
-                Pointer counts, Pointer gates, Pointer token_indices, Pointer group_offsets, Pointer token_offsets,
-                Pointer token_rows, Pointer num_dropped, int num_pools, int64_t pool_size, int num_experts,
-                int capacity, int64_t num_rows, int scores_type, int logits_type, bool by_token, Stream stream) {
+void token_drop_fwd(Pointer scores, Pointer logits, Pointer thresholds, Pointer cuts, Pointer ties, Pointer wanted,
+                    Pointer counts, Pointer gates, Pointer token_indices, Pointer group_offsets, Pointer token_offsets,
+                    Pointer token_rows, Pointer num_dropped, int num_pools, int64_t pool_size, int num_experts,
+                    int capacity, int64_t num_rows, int scores_type, int logits_type, bool by_token, Stream stream) {
   const int num_chunks = token_drop_chunks(pool_size), chunk = chunk_of(pool_size);
   if (num_experts > kMaxExperts) {
     throw std::invalid_argument("num_experts: expected at most 256, got " + std::to_string(num_experts));
@@ -283,12 +283,12 @@ void token_drop(Pointer scores, Pointer logits, Pointer thresholds, Pointer cuts
   with_types(scores_type, logits_type, [&](auto score, auto logit) {
     using S = decltype(score);
     using L = decltype(logit);
-    launch("cut", cut_kernel<S, L>, static_cast<int64_t>(num_pools) * num_experts, kCutThreads, stream,
-           pointer<const S>(scores), pointer<const L>(logits), pointer<const float>(thresholds),
+    launch("token_drop_cut", token_drop_cut_kernel<S, L>, static_cast<int64_t>(num_pools) * num_experts, kCutThreads,
+           stream, pointer<const S>(scores), pointer<const L>(logits), pointer<const float>(thresholds),
            pointer<unsigned>(cuts), pointer<int>(ties), pointer<int>(wanted), pointer<unsigned>(counts),
            static_cast<int>(pool_size), num_experts, capacity, chunk, num_chunks, by_token);
-    launch("place_chosen", place_chosen_kernel<S, L>, static_cast<int64_t>(num_pools) * num_chunks, kPlaceThreads,
-           stream, pointer<const S>(scores), pointer<const L>(logits), pointer<const float>(thresholds),
+    launch("token_drop_place", token_drop_place_kernel<S, L>, static_cast<int64_t>(num_pools) * num_chunks,
+           kPlaceThreads, stream, pointer<const S>(scores), pointer<const L>(logits), pointer<const float>(thresholds),
            pointer<const unsigned>(cuts), pointer<const int>(ties), pointer<const int>(wanted),
            pointer<const unsigned>(counts), pointer<float>(gates), pointer<int>(token_indices),
            pointer<int>(group_offsets), pointer<int>(token_offsets), pointer<int>(token_rows),
@@ -297,11 +297,11 @@ void token_drop(Pointer scores, Pointer logits, Pointer thresholds, Pointer cuts
   });
 }
 
-void spread_gates(Pointer grad_gates, Pointer group_offsets, Pointer token_offsets, Pointer token_rows,
-                  Pointer grad_scores, int64_t num_tokens, int num_experts, int type, Stream stream) {
+void token_drop_bwd(Pointer grad_gates, Pointer group_offsets, Pointer token_offsets, Pointer token_rows,
+                    Pointer grad_scores, int64_t num_tokens, int num_experts, int type, Stream stream) {
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    launch("spread_gates", spread_gates_kernel<T>, ceil_div(num_tokens * num_experts, kPlaceThreads), kPlaceThreads,
+    launch("token_drop_bwd", token_drop_bwd_kernel<T>, ceil_div(num_tokens * num_experts, kPlaceThreads), kPlaceThreads,
            stream, pointer<const float>(grad_gates), pointer<const int>(group_offsets),
            pointer<const int>(token_offsets), pointer<const int>(token_rows), pointer<T>(grad_scores),
            num_tokens * num_experts, num_experts);

@@ -27,13 +27,17 @@ def tiny_diffmoe(backend):
     return create_model("DiffMoE-digits", **TINY, backend=backend)
 
 
+def tiny_jitmoe(backend):
+    return create_model("JiTMoE-digits", **TINY, moe_intermediate_size=8, backend=backend)
+
+
 @pytest.fixture(autouse=True)
 def threads():
     with one_thread():
         yield
 
 
-@pytest.mark.parametrize("make_model", [tiny, tiny_diffmoe])
+@pytest.mark.parametrize("make_model", [tiny, tiny_diffmoe, tiny_jitmoe])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pytorchs_own_path_ends_where_the_reference_does(make_model, dtype):
     measures = compare_backends(make_model, BATCHES, backend="torch", dtype=dtype)
@@ -49,7 +53,7 @@ def test_the_reference_is_at_no_distance_from_itself():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("make_model", [tiny, tiny_diffmoe])
+@pytest.mark.parametrize("make_model", [tiny, tiny_diffmoe, tiny_jitmoe])
 def test_the_kernels_end_where_the_reference_does(make_model):
     """A few steps in Triton's interpreter; `test_gpu_parity.py` has all on a GPU."""
     for one in compare_backends(make_model, blobs(5, 4), backend="triton"):
@@ -58,7 +62,14 @@ def test_the_kernels_end_where_the_reference_does(make_model):
 
 @needs_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("name, options", [("DSMoE-digits", {"moe_intermediate_size": 16}), ("DiffMoE-digits", {})])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("DSMoE-digits", {"moe_intermediate_size": 16}),
+        ("DiffMoE-digits", {}),
+        ("JiTMoE-digits", {"moe_intermediate_size": 16}),
+    ],
+)
 def test_200_steps_on_the_kernels_end_where_the_reference_does(name, options):
     def make_model(backend):
         return create_model(name, hidden_size=32, depth=2, num_heads=2, num_experts=4, **options, backend=backend)

@@ -231,9 +231,9 @@ def test_a_spill_is_seen(tmp_path) -> None:
 def test_loads_of_16_bytes_are_in_flight_together(library) -> None:
     """Of bfloat16 rows: four before the first sum or product that waits for one, and in the gather three."""
     for part, before, wanted in (
-        ("gather_sum_kernelINS_8BFloat16ELi8ELb1", "FFMA", 4),
-        ("unpermute_backward_kernelINS_8BFloat16ELi8", "FFMA", 8),
-        ("gather_kernelINS_3VecINS_8BFloat16ELi8", "STG", 3),
+        ("unpermute_fwd_kernelINS_8BFloat16ELi8ELb1", "FFMA", 4),
+        ("unpermute_bwd_kernelINS_8BFloat16ELi8", "FFMA", 8),
+        ("permute_fwd_kernelINS_3VecINS_8BFloat16ELi8", "STG", 3),
     ):
         (name,) = (name for name in resources(library)["sm_90a"] if part in name)
         command = [tool(), "-sass", "-arch", "sm_90a", "-fun", name, library]
@@ -246,7 +246,7 @@ SCRIPT = """
 import diffmoe_kernels as d
 print(d.available_backends()["cuda"])
 try:
-    d.cuda_support.extension.gather(0, 0, 0, 0, 3, 5, 8, 0, 0)
+    d.cuda_support.extension.permute_fwd(0, 0, 0, 0, 3, 5, 8, 0, 0)
 except RuntimeError as error:
     print(error)
 """
@@ -261,7 +261,7 @@ def test_it_loads_where_there_is_no_device(library) -> None:
     told = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
     status, error = told.splitlines()
     assert re.fullmatch("built, no device: .+", status)
-    assert re.match(r"kernel gather\(\S+, \S+, \S+, \S+, 3, 2\) on a grid of 1 blocks of 256 threads: cuda", error)
+    assert re.match(r"kernel permute_fwd\(\S+, \S+, \S+, \S+, 3, 2\) on a grid of 1 blocks of 256 threads: cuda", error)
 
 
 def test_a_wheel_without_it_is_for_every_machine(tmp_path) -> None:

@@ -20,10 +20,11 @@ from benchmarks.parity.report import ModelResult, SeedResult, comparisons, forma
 from benchmarks.parity.runs import Run, RunError, carry_out_all
 from benchmarks.parity.scoring import Score
 from models import list_models
-from models.data import load_dataset, load_npz
+from models.data import collect, load_dataset, load_npz
 from models.data.encoding import encode_folder
 from models.metrics import FidScores, train_classifier
 from models.sample import SampleConfig, sample_to_files
+from models.sampling import to_images
 from models.training.checkpoints import list_checkpoints
 from models.training.trainer import Trainer, TrainResult
 from tests.models.helpers import save_vae
@@ -148,8 +149,8 @@ def test_the_report_of_fid_has_the_published_figures_beside_what_was_not_measure
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
         for line in report.splitlines()[2:8]
     }
-    assert rows["DSMoE-L-E16"][-3:] == ["not measured", "not measured", "9.80"]
-    assert rows["DSMoE-L-E48"][-3:] == ["not measured", "not measured", "9.19"]
+    assert rows["DSMoE-L-E16"][-6:] == [*["not measured"] * 5, "9.80"]
+    assert rows["DSMoE-L-E48"][-6:] == [*["not measured"] * 5, "9.19"]
     assert rows["DiffMoE-L-E16"][-1] == "11.16" and rows["DiT-L/2"][-1] == ""
     assert rows["JiT-B/16"][-1] == "4.81" and rows["JiTMoE-B/16-E16"][-1] == "4.23"
     assert "DSMoE-L-E16 against DiT-L/2: not measured." in report
@@ -334,19 +335,26 @@ def test_latents_are_scored_by_fid(latents, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "load_reference", lambda path: path)
     monkeypatch.setattr(scoring, "fid_scores", mean_grey)
     files = ["--data", str(latents), "--inception", "inception.pth", "--reference", "reference.npz"]
-    more = ["--seeds", "2", "--num-samples", "9", "--device", "cpu", "--sample-method", "euler"]
+    more = ["--seeds", "2", "--num-samples", "6", "--device", "cpu", "--sample-method", "euler"]
     assert main(["--output", str(tmp_path), *QUICK, *files, *more]) == 0
-    assert seen == [9] * 4
+    assert seen == [6] * 5  # four runs, and the real images once
     record = json.loads((tmp_path / "parity.json").read_text())
-    assert record["distance"] == "FID of 9 samples"
+    assert record["distance"] == "FID of 6 samples"
     (expected,) = (tmp_path / "DSMoE-digits" / "seed-1").rglob("samples.npz")
     score = record["models"][1]["seeds"][1]["score"]
     assert score["distance"] == pytest.approx(load_npz(expected)[0].double().mean().item())
-    assert (score["inception_score"], score["kid"], score["floor"]) == (7.5, 0.1234, None)
+    assert (score["inception_score"], score["kid"], score["kid_floor"]) == (7.5, 0.1234, 0.1234)
+    data = load_dataset(str(latents), flip=False)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        drawn = data.draw(collect(data.train)[0])
+    assert score["floor"] == pytest.approx(to_images(drawn, data.autoencoder).double().mean().item())
     assert record["comparisons"]["DSMoE-digits"]["verdict"] == "level"
     report = (tmp_path / "parity.md").read_text()
-    assert "| floor        | KID          |" in report and " 0.1234 " in report
-    assert "| published |" in report and "9.80" in report and "FID of 9 samples" in report
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()[:4]]
+    assert cells[0][-6:] == ["FID of 6 samples", "floor", "KID", "KID floor", "Inception Score", "published"]
+    assert cells[3][-5:] == [f"{score['floor']:.2f}", "0.1234", "0.1234", "7.5", ""]
+    assert "9.80" in report
     assert (tmp_path / "samples.png").exists() and (tmp_path / "loss.png").exists()
 
 

@@ -145,11 +145,11 @@ print("all ran")
 
 
 def test_no_bad_address() -> None:
-    output, faults = sanitized("memcheck", SANITIZED, kernels="ward_kernel")
+    output, faults = sanitized("memcheck", SANITIZED, kernels="_rope_attention")
     assert not faults and "all ran" in output, output[-3000:]
 
 
 def test_a_bad_address_is_found() -> None:
     """So that the test above looks at these kernels."""
-    output, faults = sanitized("memcheck", SANITIZED, "wrong", kernels="ward_kernel")
+    output, faults = sanitized("memcheck", SANITIZED, "wrong", kernels="_rope_attention")
     assert faults, output[-3000:]

@@ -242,7 +242,7 @@ if "wrong" in sys.argv:  # reads a row far past the last
     from diffmoe_kernels import _C
     x, index = torch.zeros(4, 64, device="cuda"), torch.tensor([10**6], device="cuda", dtype=torch.int32)
     one = torch.ones(1, device="cuda", dtype=torch.int32)
-    _C.gather(x.data_ptr(), index.data_ptr(), one.data_ptr(), x.data_ptr(), 1, 1, 64, 0, 0)
+    _C.permute_fwd(x.data_ptr(), index.data_ptr(), one.data_ptr(), x.data_ptr(), 1, 1, 64, 0, 0)
 torch.cuda.synchronize()
 print("all ran")
 """
@@ -262,5 +262,7 @@ def test_a_bad_address_is_found() -> None:
 
 def test_a_failed_launch_names_the_kernel(capfd) -> None:
     """More rows than a grid has blocks."""
-    with pytest.raises(RuntimeError, match=r"kernel gather\(.*\) on a grid of \d+ blocks of 256 threads: the grid"):
-        extension.gather(16, 16, 16, 16, 1, 2**40, 2**10, 0, 0)
+    with pytest.raises(
+        RuntimeError, match=r"kernel permute_fwd\(.*\) on a grid of \d+ blocks of 256 threads: the grid"
+    ):
+        extension.permute_fwd(16, 16, 16, 16, 1, 2**40, 2**10, 0, 0)

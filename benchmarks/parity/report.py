@@ -28,8 +28,8 @@ KID: kernel distance of the same features, mean of the seeds; 0 is best. s.d.: b
 mean of, which overlap: no standard error.
 nearer to training images: share of samples nearer to one than the median held-out image is; 50% is fresh."""
 NOTES_OF_FID = """FID by DiT's protocol, lower is better. The .npz of every run is what the ADM evaluator reads.
-floor: of real images, which are not at hand here. KID: of the same features, over 100 subsets of 1,000, mean of the
-seeds; a reference of statistics alone has none.
+floor: of as many training images, latents decoded: what a perfect model of them reaches. KID: of the same features,
+over 100 subsets of 1,000, mean of the seeds; a reference of statistics alone has none.
 published: FID-50K of 256x256 ImageNet as the DSMoE and JiTMoE authors report it (github.com/yhlleo/EfficientMoE), the
 latent models at guidance 1 after 700,000 steps, DiffMoE as they reproduced it. JiT and JiTMoE are guided within an
 interval after 200 epochs and measured against other statistics: do not compare those with what is measured here."""
@@ -108,17 +108,17 @@ def _fid_table(results: Sequence[ModelResult], distance: str) -> str:
     rows = []
     for result in results:
         scores = [seed.score for seed in result.seeds]
-        kid = inception = NOT_MEASURED
-        if result.distances:
-            inception = f"{statistics.mean(score.inception_score for score in scores):.1f}"
-            if scores[0].kid is not None:
-                kid = f"{statistics.mean(score.kid for score in scores):.4f}"
-        rows.append([*_cells(result), NOT_MEASURED, kid, inception, _published(result.model)])
+        row = [
+            *(_mean_of(scores, "floor", 2), _mean_of(scores, "kid", 4), _mean_of(scores, "kid_floor", 4)),
+            *(_mean_of(scores, "inception_score", 1), _published(result.model)),
+        ]
+        rows.append([*_cells(result), *row])
     trained = {result.model for result in results}
     for model in PUBLISHED:
         if model not in trained:
-            rows.append([model, *[""] * (len(_HEADING) - 1), *[NOT_MEASURED] * 4, _published(model)])
-    return markdown_table([*_HEADING, distance, "floor", "KID", "Inception Score", "published"], rows)
+            rows.append([model, *[""] * (len(_HEADING) - 1), *[NOT_MEASURED] * 5, _published(model)])
+    heading = [*_HEADING, distance, "floor", "KID", "KID floor", "Inception Score", "published"]
+    return markdown_table(heading, rows)
 
 
 _HEADING = ["model", "activated", "total", "steps", "seeds", "loss"]
@@ -135,6 +135,11 @@ def _cells(result: ModelResult) -> list[str]:
         _with_spread([seed.loss for seed in result.seeds], 4),
         _with_spread(list(result.distances.values()), 2),
     ]
+
+
+def _mean_of(scores: Sequence[Score], name: str, digits: int) -> str:
+    values = [getattr(score, name) for score in scores]
+    return NOT_MEASURED if None in values else f"{statistics.mean(values):.{digits}f}"
 
 
 def _with_spread(values: Sequence[float], digits: int) -> str:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
+from torch.utils.data import default_collate
 
 from models.data import DataSplits, collect, load_npz, save_grid, to_uint8
 from models.data.npz import iterate_images
-from models.metrics import fid_scores, load_inception, load_reference, score_samples, train_classifier
+from models.metrics import FidScores, fid_scores, load_inception, load_reference, score_samples, train_classifier
 from models.metrics.typical import most_typical, save_typical_grid
+from models.progress import progress_bar
+from models.sampling import to_images
 
-BATCH_SIZE = 64  # of Inception
+BATCH_SIZE = 64  # of Inception, and of the autoencoder
 GRID_COLUMNS = 8  # of samples that are not digits
 
 
@@ -23,8 +28,7 @@ class Score:
     """What one file of samples is worth.
 
     distance: digits-FD or FID, lower is better; None where nothing to measure it by was given.
-    floor: the distance of real images that models may have seen to real ones that they may not; of digits alone: of
-        anything else the training images themselves are not at hand.
+    floor: the distance of as many training images; None where there are fewer.
     kid, kid_error: kernel distance and its standard deviation between random subsets; None where not known.
     kid_floor: of the images of `floor`.
     share_nearer: share of samples nearer to a training image than the median unseen image is; of digits alone.
@@ -85,26 +89,69 @@ class FidScorer:
 
     Args:
         name: what the distance of this many samples is called.
+        data: what was trained on; its images give the floor.
+        num_samples: in each file.
         inception: as `load_inception` takes it; None leaves the distance unmeasured.
         reference: as `load_reference` takes it.
-        device: where Inception runs.
+        device: where Inception and the autoencoder run.
 
     Raises:
         OSError, ValueError: as `load_inception` and `load_reference` do.
     """
 
-    def __init__(self, name: str, inception: str | None, reference: str | None, device: torch.device) -> None:
-        self.name, self.device = name, device
+    def __init__(
+        self,
+        name: str,
+        data: DataSplits,
+        num_samples: int,
+        inception: str | None,
+        reference: str | None,
+        device: torch.device,
+    ) -> None:
+        self.name, self.data, self.num_samples, self.device = name, data, num_samples, device
         self.inception = None if inception is None else load_inception(inception)
         self.reference = None if reference is None else load_reference(reference)
 
     def score(self, archive: Path) -> Score:
         if self.inception is None:
             return Score(None)
-        images = iterate_images([archive], BATCH_SIZE)
-        scores = fid_scores(images, self.inception.to(self.device), self.reference)
-        return Score(scores.fid, kid=scores.kid, kid_error=scores.kid_error, inception_score=scores.inception_score)
+        scores, floor = self._scores(iterate_images([archive], BATCH_SIZE)), self._floor
+        return Score(
+            scores.fid,
+            floor=floor and floor.fid,
+            kid=scores.kid,
+            kid_error=scores.kid_error,
+            kid_floor=floor and floor.kid,
+            inception_score=scores.inception_score,
+        )
+
+    def _scores(self, batches: Iterator[Tensor]) -> FidScores:
+        return fid_scores(batches, self.inception.to(self.device), self.reference)
+
+    @cached_property
+    def _floor(self) -> FidScores | None:
+        """Of as many training images; None where there are fewer, since FID of fewer is higher."""
+        if len(self.data.train) < self.num_samples:
+            return None
+        batches, total = real_images(self.data, self.num_samples, self.device), -(-self.num_samples // BATCH_SIZE)
+        return self._scores(progress_bar(batches, desc="real images", total=total, unit="batch"))
 
     def save_grid(self, path: Path, archives: Mapping[str, Path]) -> None:
-        rows = [next(iterate_images([archive], GRID_COLUMNS)) for archive in archives.values()]
-        save_grid(path, torch.cat(rows), len(rows[0]), row_labels=list(archives))
+        rows = {"real": next(real_images(self.data, GRID_COLUMNS, self.device))}
+        for name, archive in archives.items():
+            rows[name] = next(iterate_images([archive], GRID_COLUMNS))
+        columns = min(map(len, rows.values()))
+        save_grid(path, torch.cat([row[:columns] for row in rows.values()]), columns, row_labels=list(rows))
+
+
+def real_images(data: DataSplits, count: int, device: torch.device) -> Iterator[Tensor]:
+    """Training images from front to back at even distances, so of all classes, uint8 (n, H, W, 3) on the CPU.
+
+    Latents are drawn, from a seed, and decoded: what a perfect model of them would give.
+    """
+    for places in (torch.arange(count) * len(data.train) // count).split(BATCH_SIZE):
+        items, _ = default_collate([data.train[place] for place in places.tolist()])
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(places[0]))
+            images = data.draw(items.to(device))
+        yield to_images(images, data.autoencoder)

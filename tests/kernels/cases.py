@@ -8,23 +8,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.ops.adaln._triton import modulate, modulate_backward
+from diffmoe_kernels.ops.adaln._triton import adaln_bwd, adaln_fwd
 from diffmoe_kernels.ops.experts import _grouped_mm
 from diffmoe_kernels.ops.experts._triton import up_projection
 from diffmoe_kernels.ops.experts._triton_backward import down_backward
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
-from diffmoe_kernels.ops.permute._triton import gather, gather_sum, unpermute_backward
+from diffmoe_kernels.ops.permute._triton import permute_fwd, unpermute_bwd, unpermute_fwd
 from diffmoe_kernels.ops.rope_attention._prepare import Norm, Settings, Table
-from diffmoe_kernels.ops.rope_attention._triton import attend
-from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
+from diffmoe_kernels.ops.rope_attention._triton import rope_attention_fwd
+from diffmoe_kernels.ops.rope_attention._triton_backward import rope_attention_bwd
 from diffmoe_kernels.ops.router_topk import _triton as router
 from diffmoe_kernels.ops.router_topk import _triton_backward as router_backward
-from diffmoe_kernels.ops.router_topk._from_topk import sort_choices, sort_choices_backward
+from diffmoe_kernels.ops.router_topk._from_topk import routing_from_topk_bwd, routing_from_topk_fwd
 from diffmoe_kernels.ops.token_drop import _capacity
 from diffmoe_kernels.ops.token_drop import _triton as token_drop
-from diffmoe_kernels.ops.token_drop._choice import drop_choices
+from diffmoe_kernels.ops.token_drop._choice import token_choice_drop_fwd
 from diffmoe_kernels.routing import Routing
 
 # T, D, I, E, rows a token (K, or 1 in expert choice), activation
@@ -62,12 +62,12 @@ def launch_experts(shape: tuple, dtype: torch.dtype, backward: bool, bias: bool)
     token_offsets, token_rows = meta(num_tokens + 1), meta(rows)
     pre, act = up_projection(x, tokens, offsets, up, up_bias, activation, keep_pre=backward)
     out = multiply_rows(act, down.mT, offsets, bias=down_bias)
-    gather_sum(out, gates, token_offsets, token_rows)
+    unpermute_fwd(out, gates, token_offsets, token_rows)
     if not backward:
         return
     master = {"token_indices": tokens, "dtype": torch.float32}
     grad_pre, weighted, _ = down_backward(x, tokens, gates, offsets, down, down_bias, pre, activation)
-    gather_sum(multiply_rows(grad_pre, up, offsets), None, token_offsets, token_rows)
+    unpermute_fwd(multiply_rows(grad_pre, up, offsets), None, token_offsets, token_rows)
     weight_grad(grad_pre, x, offsets, gather="b", **master)
     weight_grad(x, weighted, offsets, gather="a", **master)
     if bias:
@@ -99,10 +99,10 @@ def launch_around_grouped_mm(shape: tuple, dtype: torch.dtype) -> None:
     x, up, down = number(num_tokens, hidden), number(num_experts, width, hidden), number(num_experts, hidden, inner)
     routing = Routing(meta(rows), gates, meta(num_experts), meta(num_tokens + 1), meta(rows))
     for biases in ((None, None), (number(num_experts, width), number(num_experts, hidden))):
-        _, pre = _grouped_mm.forward(x, routing, up, down, *biases, activation, keep_pre=True)
+        _, pre = _grouped_mm.experts_fwd(x, routing, up, down, *biases, activation, keep_pre=True)
         options = {"needs_x": True, "needs_weights": True, "weight_dtype": torch.float32}
         options["bias_dtype"] = None if biases[0] is None else torch.float32
-        _grouped_mm.backward(x, x, routing, up, down, biases[1], pre, activation, **options)
+        _grouped_mm.experts_bwd(x, x, routing, up, down, biases[1], pre, activation, **options)
 
 
 def launch_movement(shape: tuple, dtype: torch.dtype) -> None:
@@ -114,38 +114,38 @@ def launch_movement(shape: tuple, dtype: torch.dtype) -> None:
         meta(num_experts),
         meta(rows, dtype=torch.float32),
     )
-    unpermute_backward(x, gather(x, tokens, offsets), gates, tokens, offsets)
-    gather_sum(meta(rows, hidden, dtype=dtype), gates, meta(num_tokens + 1), meta(rows), x)
+    unpermute_bwd(x, permute_fwd(x, tokens, offsets), gates, tokens, offsets)
+    unpermute_fwd(meta(rows, hidden, dtype=dtype), gates, meta(num_tokens + 1), meta(rows), x)
 
 
 def launch_router(num_tokens: int, num_experts: int, top_k: int, groups: int, softmax: bool) -> None:
     logits = meta(num_tokens, num_experts, dtype=torch.float32)
     bias = None if softmax else meta(num_experts, dtype=torch.float32)
-    weights, scores, gates, ids, *_, token_rows = router.route(
+    weights, scores, gates, ids, *_, token_rows = router.router_topk_fwd(
         logits, bias, top_k, softmax, groups, max(groups // 2, 1), 0.0, True, 2.5
     )
     for grads in ((weights, scores, gates), (None, None, gates)):
-        router_backward.route_backward(*grads, scores, ids, token_rows, softmax, True, 2.5, torch.float32)
+        router_backward.router_topk_bwd(*grads, scores, ids, token_rows, softmax, True, 2.5, torch.float32)
 
 
 def launch_given_choices(num_tokens: int, num_experts: int, top_k: int) -> None:
     for kind in (torch.int32, torch.int64):
         ids, weights = meta(num_tokens, top_k, dtype=kind), meta(num_tokens, top_k, dtype=FLOAT32)
-        gates, _, _, token_offsets, token_rows = sort_choices(ids, weights, num_experts)
-        sort_choices_backward(gates, ids, token_offsets, token_rows, num_experts, FLOAT32)
-        drop_choices(ids, weights, num_experts, num_tokens * top_k // num_experts)
+        gates, _, _, token_offsets, token_rows = routing_from_topk_fwd(ids, weights, num_experts)
+        routing_from_topk_bwd(gates, ids, token_offsets, token_rows, num_experts, FLOAT32)
+        token_choice_drop_fwd(ids, weights, num_experts, num_tokens * top_k // num_experts)
 
 
 def launch_token_drop(num_tokens: int, num_experts: int) -> None:
     scores, thresholds = meta(num_tokens, num_experts, dtype=torch.float32), meta(num_experts, dtype=torch.float32)
     capacity = num_tokens // num_experts
-    gates, _, *maps = token_drop.route(scores, capacity)
-    token_drop.spread_gates(gates, *maps, torch.float32)
+    gates, _, *maps = token_drop.token_drop_fwd(scores, capacity)
+    token_drop.token_drop_bwd(gates, *maps, torch.float32)
     for by_token in (False, True):
-        token_drop.route(scores, capacity, 1, scores, thresholds, by_token)
-    _capacity.cross_entropy(scores, *maps)
-    _capacity.cross_entropy_backward(meta(dtype=torch.float32), scores, *maps)
-    _capacity.kth_prediction(scores, capacity)
+        token_drop.token_drop_fwd(scores, capacity, 1, scores, thresholds, by_token)
+    _capacity.capacity_loss_fwd(scores, *maps)
+    _capacity.capacity_loss_bwd(meta(dtype=torch.float32), scores, *maps)
+    _capacity.capacity_quantile_fwd(scores, capacity)
 
 
 # B, N, H, Hkv, d, prefix tokens, rotation, norm
@@ -171,9 +171,9 @@ def launch_attention(sizes: tuple, dtype: torch.dtype) -> None:
     scale, shift = (meta(head_dim, dtype=FLOAT32) if norm != "none" else None for _ in range(2))
     vectors = Norm(scale, shift if norm == "layernorm" else None, 1e-6)
     around = Table(*tables), vectors, vectors, Settings(heads, rope, prefix, norm, head_dim**-0.5)
-    out, lse = attend(qkv, *around, keep_lse=True)
-    attend(qkv, *around, keep_lse=False)
-    attend_backward(out, qkv, out, lse, *around)
+    out, lse = rope_attention_fwd(qkv, *around, keep_lse=True)
+    rope_attention_fwd(qkv, *around, keep_lse=False)
+    rope_attention_bwd(out, qkv, out, lse, *around)
 
 
 # B, N, D, norm, dtype of the vectors
@@ -194,11 +194,11 @@ def launch_adaln(sizes: tuple, dtype: torch.dtype) -> None:
     gate, shift, scale = meta(batch, 6 * hidden, dtype=kind).chunk(6, dim=1)[:3]
     weight = meta(hidden, dtype=FLOAT32) if norm == "rmsnorm" else None
     for residual in (None, (x, gate)):
-        modulate(x, residual, (shift, scale), weight, norm, 1e-6)
+        adaln_fwd(x, residual, (shift, scale), weight, norm, 1e-6)
         grad_stream = None if residual is None else x
-        modulate_backward(grad_stream, x, x, residual, scale, weight, norm, 1e-6, kind)
-    modulate(x, (x, gate), None, None, "none", 0.0)
-    modulate_backward(x, None, x, (x, gate), None, None, "none", 0.0)
+        adaln_bwd(grad_stream, x, x, residual, scale, weight, norm, 1e-6, kind)
+    adaln_fwd(x, (x, gate), None, None, "none", 0.0)
+    adaln_bwd(x, None, x, (x, gate), None, None, "none", 0.0)
 
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32

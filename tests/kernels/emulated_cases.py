@@ -19,8 +19,8 @@ from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.rope_attention._prepare import Norm, Settings, Table
-from diffmoe_kernels.ops.rope_attention._triton import attend
-from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
+from diffmoe_kernels.ops.rope_attention._triton import rope_attention_fwd
+from diffmoe_kernels.ops.rope_attention._triton_backward import rope_attention_bwd
 from diffmoe_kernels.ops.rope_attention.reference import rope_attention_reference
 from tests.kernels.ptx.cases import error, main
 
@@ -43,8 +43,8 @@ def attention(
     around = Table(*tables), Norm(*norms[:2], 1e-6), Norm(*norms[2:], 1e-6)
     settings = Settings(heads, rope, prefix, norm, head_dim**-0.5)
 
-    out, lse = attend(qkv, *around, settings, keep_lse=True)
-    grad_qkv, grad_norms = attend_backward(grad, qkv, out, lse, *around, settings)
+    out, lse = rope_attention_fwd(qkv, *around, settings, keep_lse=True)
+    grad_qkv, grad_norms = rope_attention_bwd(grad, qkv, out, lse, *around, settings)
 
     exact, leaves = qkv.to(DOUBLE).requires_grad_(), [n if n is None else n.to(DOUBLE).requires_grad_() for n in norms]
     wanted = rope_attention_reference(

@@ -22,15 +22,28 @@ CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block; 8.6 and 8.9 have the least of sm_8x
 # Bytes of a thread. What comes with Triton 3.6 spills a number or two in a few kernels, others on each chip.
 SPILLED = 8 if HAS_TRITON and triton.__version__.startswith("3.6.") else 0
-MATRIX_PRODUCTS = ("_up_kernel", "_down_backward_kernel", "_rows_kernel", "_weight_grad_kernel")
-ATTENTION = ("_forward_kernel", "_query_backward_kernel", "_key_backward_kernel")
-BETWEEN_PRODUCTS = ("_epilogue_kernel", "_activation_backward_kernel", "_sum_rows_kernel")
-ADALN = ("_modulate_kernel", "_modulate_backward_kernel")
-MOVEMENT = (*ADALN, *BETWEEN_PRODUCTS, "_gather_kernel", "_gather_sum_kernel", "_unpermute_backward_kernel")
+MATRIX_PRODUCTS = (
+    "_experts_up_fwd_kernel",
+    "_experts_down_bwd_kernel",
+    "_grouped_gemm_fwd_kernel",
+    "_grouped_gemm_weight_grad_kernel",
+)
+ATTENTION = ("_rope_attention_fwd_kernel", "_rope_attention_bwd_q_kernel", "_rope_attention_bwd_kv_kernel")
+BETWEEN_PRODUCTS = ("_experts_activation_fwd_kernel", "_experts_activation_bwd_kernel", "_grouped_gemm_sum_rows_kernel")
+ADALN = ("_adaln_fwd_kernel", "_adaln_bwd_kernel")
+MOVEMENT = (*ADALN, *BETWEEN_PRODUCTS, "_permute_fwd_kernel", "_unpermute_fwd_kernel", "_unpermute_bwd_kernel")
 SELECTION = (
-    *("_choose_kernel", "_scan_kernel", "_place_kernel", "_cut_in_registers_kernel", "_place_chosen_kernel"),
-    *("_loss_kernel", "_sum_chunks_kernel", "_mask_kernel", "_place_slots_kernel", "_place_slots_backward_kernel"),
-    "_drop_kernel",
+    "_router_topk_choose_kernel",
+    "_router_topk_scan_kernel",
+    "_router_topk_place_kernel",
+    "_token_drop_cut_kernel",
+    "_token_drop_place_kernel",
+    "_token_choice_drop_kernel",
+    "_capacity_loss_fwd_kernel",
+    "_routing_from_topk_mask_kernel",
+    "_routing_from_topk_place_kernel",
+    "_routing_from_topk_bwd_kernel",
+    "_adaln_sum_chunks_kernel",
 )
 
 
@@ -68,7 +81,11 @@ def test_products_run_on_the_tensor_cores(compiled, capability):
     products = [row for row in compiled[capability] if row["kernel"] in kernels and not is_ieee_float32(row)]
     assert len(products) > 60
     for row in products:
-        if capability == 90 and row["case"].startswith("attention wide") and row["kernel"] == "_key_backward_kernel":
+        if (
+            capability == 90
+            and row["case"].startswith("attention wide")
+            and row["kernel"] == "_rope_attention_bwd_kv_kernel"
+        ):
             # Its blocks of 32 keys are too small for a group of warps.
             assert row["older_matrix_instructions"] > 0, row
             continue
@@ -85,7 +102,12 @@ def test_the_backward_of_attention_is_two_launches(compiled):
     """Each reads q, k and v once where a head is kept: twice in all."""
     for capability in CAPABILITIES:
         launches = [row["kernel"] for row in compiled[capability] if row["case"].startswith("attention JiT-L _")]
-        assert launches == ["_forward_kernel", "_forward_kernel", "_query_backward_kernel", "_key_backward_kernel"]
+        assert launches == [
+            "_rope_attention_fwd_kernel",
+            "_rope_attention_fwd_kernel",
+            "_rope_attention_bwd_q_kernel",
+            "_rope_attention_bwd_kv_kernel",
+        ]
 
 
 def test_products_of_a_warp_group_do_not_wait_for_each_other(compiled):
@@ -124,7 +146,7 @@ def test_operands_are_read_16_bytes_at_a_time(compiled, capability):
     for row in rows:
         if "narrow" in row["case"] and row["kernel"] in ATTENTION:
             continue  # heads of 16 channels: too few numbers in a block
-        if capability >= 90 and "TF32" in row["case"] and row["kernel"] == "_weight_grad_kernel":
+        if capability >= 90 and "TF32" in row["case"] and row["kernel"] == "_grouped_gemm_weight_grad_kernel":
             continue  # such a product wants both factors with the rows side by side: they are turned on their way
         assert row["widest_load"] == 128 or row["bulk_copies"], row
 
@@ -134,9 +156,11 @@ def test_products_fetch_ahead(compiled, capability):
     """While a tile is multiplied the next ones are under way, in the loops with a gather too."""
     products = [row for row in compiled[capability] if row["kernel"] in MATRIX_PRODUCTS and not is_ieee_float32(row)]
     for row in products:
-        by_engine = capability >= 90 and row["kernel"] != "_weight_grad_kernel" and "TF32" not in row["case"]
+        by_engine = (
+            capability >= 90 and row["kernel"] != "_grouped_gemm_weight_grad_kernel" and "TF32" not in row["case"]
+        )
         assert bool(row["bulk_copies"]) == by_engine, row
-        if row["kernel"] != "_rows_kernel" or not by_engine:  # that one needs no other copies
+        if row["kernel"] != "_grouped_gemm_fwd_kernel" or not by_engine:  # that one needs no other copies
             assert row["loads_in_flight"] > 0, row
 
 
@@ -155,7 +179,9 @@ REGISTERS, SHARED, RESERVED = 65536, 227 * 1024, 1024  # of a multiprocessor of 
 def test_two_blocks_of_attention_fit_on_a_multiprocessor(compiled):
     """What hides the loads and exponentials of one behind the products of the other, at up to 72 channels a head."""
     shapes = ("DSMoE-S", "DSMoE-L", "DSMoE-3B", "JiT-L", "512 px", "layer norm, grouped heads", "narrow")
-    cases = {f"attention {shape} {kernel}" for shape in shapes for kernel in (*ATTENTION, "_forward_kernel 2")}
+    cases = {
+        f"attention {shape} {kernel}" for shape in shapes for kernel in (*ATTENTION, "_rope_attention_fwd_kernel 2")
+    }
     rows = [row for row in compiled[90] if row["case"] in cases]
     assert len(rows) == len(cases)
     for row in rows:

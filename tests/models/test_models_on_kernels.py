@@ -71,4 +71,4 @@ def test_guidance_launches_no_kernel_more(monkeypatch):
     launched.clear()
     null = torch.full((2,), model.null_label)
     sample(model, torch.randn(2, *shape), labels[:2], steps=1, method="euler", cfg_scale=2.0, null_labels=null)
-    assert launched == plain and "_forward_kernel" in plain
+    assert launched == plain and "_rope_attention_fwd_kernel" in plain

@@ -170,7 +170,7 @@ def test_launches(monkeypatch):
     """One forward, two backward."""
     kernels = pytest.importorskip("diffmoe_kernels.ops.adaln._triton")
     launched = []
-    for name in ("_modulate_kernel", "_modulate_backward_kernel", "_sum_chunks_kernel"):
+    for name in ("_adaln_fwd_kernel", "_adaln_bwd_kernel", "_adaln_sum_chunks_kernel"):
 
         class Counted:
             def __init__(self, kernel, name):
@@ -182,7 +182,7 @@ def test_launches(monkeypatch):
 
         monkeypatch.setattr(kernels, name, Counted(getattr(kernels, name), name))
     grads_of(both, make(2, 40, 12))
-    assert launched == ["_modulate_kernel", "_modulate_backward_kernel", "_sum_chunks_kernel"]
+    assert launched == ["_adaln_fwd_kernel", "_adaln_bwd_kernel", "_adaln_sum_chunks_kernel"]
 
 
 def test_operators_keep_their_schemas():

@@ -183,7 +183,7 @@ def test_nothing_is_written_past_the_scores_gradient():
     routing = ops.token_drop(torch.rand(61, 3), 20, backend="cuda")
     grad_scores = torch.full((61 * 3 + 1,), 7.0)
     tensors = routing.gates, routing.group_offsets, routing.token_offsets, routing.token_rows, grad_scores
-    cuda_support.extension.spread_gates(*(one.data_ptr() for one in tensors), 61, 3, 0, 0)
+    cuda_support.extension.token_drop_bwd(*(one.data_ptr() for one in tensors), 61, 3, 0, 0)
     assert grad_scores[-1] == 7.0
 
 
@@ -194,7 +194,7 @@ def test_sizes_that_are_refused():
         with pytest.raises(ValueError, match=f"pool_size: expected 1 to {most}, got {size}"):
             cuda_support.extension.token_drop_chunks(size)
     with pytest.raises(ValueError, match="2147483648"):
-        cuda_support.extension.drop_choices(0, 0, 0, 0, 2**31, 1, 1, False, 0, 0)
+        cuda_support.extension.token_choice_drop_fwd(0, 0, 0, 0, 2**31, 1, 1, False, 0, 0)
 
 
 @pytest.mark.parametrize("capacity", [2**31, 2**32 + 1, 2**40])

@@ -249,9 +249,11 @@ def test_what_is_kept_for_the_backward():
 
 def test_nothing_is_written_for_a_backward_that_is_not_to_come(monkeypatch):
     library = pytest.importorskip("diffmoe_kernels.ops.rope_attention._library")
-    attend, asked = library.attend, []
+    attend, asked = library.rope_attention_fwd, []
     monkeypatch.setattr(
-        library, "attend", lambda *args, keep_lse: asked.append(keep_lse) or attend(*args, keep_lse=keep_lse)
+        library,
+        "rope_attention_fwd",
+        lambda *args, keep_lse: asked.append(keep_lse) or attend(*args, keep_lse=keep_lse),
     )
     qkv = torch.randn(1, 4, 3, 1, 16, requires_grad=True)
     ops.rope_attention(qkv, backend="triton")

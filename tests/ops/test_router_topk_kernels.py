@@ -131,7 +131,7 @@ def test_chunks_of_more_tokens_than_a_warp(backend, num_tokens):
 
 @pytest.mark.parametrize("backend", [CUDA])
 def test_chunks_of_more_tokens_than_a_block(backend):
-    """257 tokens a chunk, one more than `place_choices_kernel` ranks at once; all its warps clear what they rank by."""
+    """257 tokens a chunk, one more than `router_topk_place_kernel` ranks at once; all its warps clear their bits."""
     if not ON_CPU:
         pytest.skip("the order is the GPU's")
     try:
@@ -260,7 +260,7 @@ def launched(monkeypatch, backend):
             return launch
 
     for module in (launchers("router_topk", name) for name in ("triton", "triton_backward")):
-        for name in ("_choose_kernel", "_scan_kernel", "_place_kernel", "_backward_kernel"):
+        for name in (*LAUNCHES["triton"], "_router_topk_bwd_kernel"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
 
@@ -271,17 +271,20 @@ def launched(monkeypatch, backend):
     return take
 
 
-LAUNCHES = {"triton": ["_choose_kernel", "_scan_kernel", "_place_kernel"], "cuda": ["choose", "place_choices"]}
+LAUNCHES = {
+    "triton": ["_router_topk_choose_kernel", "_router_topk_scan_kernel", "_router_topk_place_kernel"],
+    "cuda": ["router_topk_choose", "router_topk_place"],
+}
 
 
 def test_three_launches_or_two_and_one(backend, launched):
     logits, bias = torch.randn(70, 12), torch.randn(12)
     kernels = launchers("router_topk", backend)
     with Allocations():
-        out = kernels.route(logits, bias, 3, True, 3, 2, -math.inf, True, 1.0)
+        out = kernels.router_topk_fwd(logits, bias, 3, True, 3, 2, -math.inf, True, 1.0)
     assert launched() == LAUNCHES[backend]
     with Allocations():
-        kernels.route_backward(*out[:3], out[1], out[3], out[7], True, True, 1.0, torch.float32)
+        kernels.router_topk_bwd(*out[:3], out[1], out[3], out[7], True, True, 1.0, torch.float32)
     assert len(launched()) == 1
 
 

@@ -130,13 +130,13 @@ def test_launches():
     scores, logits = torch.rand(61, 3, requires_grad=True), torch.randn(61, 3)
     extension.take_launched()
     routing = ops.token_drop(scores, 20, backend="cuda")
-    assert extension.take_launched() == ["cut", "place_chosen"]
+    assert extension.take_launched() == ["token_drop_cut", "token_drop_place"]
     routing.gates.sum().backward()
-    assert extension.take_launched() == ["spread_gates"]
+    assert extension.take_launched() == ["token_drop_bwd"]
     ops.token_drop_predicted(scores, logits, torch.rand(3), backend="cuda")
-    assert extension.take_launched() == ["cut", "place_chosen"]
+    assert extension.take_launched() == ["token_drop_cut", "token_drop_place"]
     ops.token_choice_drop(torch.randint(3, (61, 2)), torch.rand(61, 2), 3, 10, backend="cuda")
-    assert extension.take_launched() == ["drop_choices"]
+    assert extension.take_launched() == ["token_choice_drop"]
 
 
 def test_opcheck():

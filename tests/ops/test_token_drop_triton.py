@@ -31,7 +31,7 @@ def plan(request, monkeypatch):
 def launches(monkeypatch):
     """Names of the kernels launched since."""
     names = []
-    kind = type(_triton._place_chosen_kernel)
+    kind = type(_triton._token_drop_place_kernel)
     run = kind.run
 
     def counted(self, *args, **kwargs):

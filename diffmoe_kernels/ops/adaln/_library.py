@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.operator import empty_for_none, operator
-from diffmoe_kernels.ops.adaln._triton import modulate, modulate_backward
+from diffmoe_kernels.ops.adaln._triton import adaln_bwd, adaln_fwd
 from diffmoe_kernels.triton_support import why_not_triton
 
 MAX_WIDTH = 4096  # of a row, which a program holds whole
@@ -14,7 +14,7 @@ MAX_WIDTH = 4096  # of a row, which a program holds whole
 
 @operator("adaln")
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float) -> Tensor:
-    return modulate(x, None, (shift, scale), weight, norm, eps)[1]
+    return adaln_fwd(x, None, (shift, scale), weight, norm, eps)[1]
 
 
 @_adaln.register_fake
@@ -26,7 +26,7 @@ def _(x, shift, scale, weight, norm, eps):
 def _adaln_backward(
     grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, shift_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = modulate_backward(None, grad.contiguous(), x, None, scale, weight, norm, eps, shift_dtype)
+    grads = adaln_bwd(None, grad.contiguous(), x, None, scale, weight, norm, eps, shift_dtype)
     return empty_for_none(x, grads[0], *grads[3:])
 
 
@@ -53,7 +53,7 @@ _adaln.register_autograd(_backward_of_adaln, setup_context=_save_for_adaln)
 
 @operator("gated_residual")
 def _gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return modulate(x, (y, gate), None, None, "none", 0.0)[0]
+    return adaln_fwd(x, (y, gate), None, None, "none", 0.0)[0]
 
 
 @_gated_residual.register_fake
@@ -64,7 +64,7 @@ def _(x, y, gate):
 @operator("gated_residual_backward")
 def _gated_residual_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous()
-    return modulate_backward(grad, None, grad, (y, gate), None, None, "none", 0.0)[1:3]
+    return adaln_bwd(grad, None, grad, (y, gate), None, None, "none", 0.0)[1:3]
 
 
 @_gated_residual_backward.register_fake
@@ -94,7 +94,7 @@ def _gated_residual_adaln(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return modulate(x, (y, gate), (shift, scale), weight, norm, eps)
+    return adaln_fwd(x, (y, gate), (shift, scale), weight, norm, eps)
 
 
 @_gated_residual_adaln.register_fake
@@ -117,9 +117,7 @@ def _gated_residual_adaln_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_stream = None if grad_stream is None else grad_stream.contiguous()
     options = weight, norm, eps, shift_dtype
-    return empty_for_none(
-        stream, *modulate_backward(grad_stream, grad.contiguous(), stream, (y, gate), scale, *options)
-    )
+    return empty_for_none(stream, *adaln_bwd(grad_stream, grad.contiguous(), stream, (y, gate), scale, *options))
 
 
 @_gated_residual_adaln_backward.register_fake

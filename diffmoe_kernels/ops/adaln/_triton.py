@@ -37,7 +37,7 @@ def _standardize(values, in_rows, columns, eps, D: tl.constexpr, NORM: tl.conste
 # x, y (B, N, D), gate, shift, scale (B, D), weight (D,) -> stream = x + gate * y, out = its modulated norm, (B, N, D).
 # None: y and gate without a residual, shift and scale without a norm, weight where the norm has none
 @triton.jit
-def _modulate_kernel(
+def _adaln_fwd_kernel(
     x,
     y,
     gate,
@@ -86,7 +86,7 @@ def _modulate_kernel(
 # parts (B * chunks, KINDS, D): sums over a chunk's tokens of grad_stream * y, grad_out and grad_out * norm. None as
 # above, and a gradient that there is not
 @triton.jit
-def _modulate_backward_kernel(
+def _adaln_bwd_kernel(
     grad_stream,
     grad_out,
     stream,
@@ -166,7 +166,7 @@ def _sum_kind(parts, kind, num_chunks, columns, KINDS: tl.constexpr, D: tl.const
 # parts (B * chunks, KINDS, D), scale (B, D), weight (D,) -> grad_gate, grad_shift, grad_scale, by_weight (B, D),
 # the last one each sample's share of the weight's gradient. None as above
 @triton.jit
-def _sum_chunks_kernel(
+def _adaln_sum_chunks_kernel(
     parts,
     scale,
     weight,
@@ -217,7 +217,7 @@ def _stride(vector: Tensor | None) -> int:
     return 0 if vector is None else vector.stride(0)
 
 
-def modulate(
+def adaln_fwd(
     x: Tensor,
     residual: tuple[Tensor, Tensor] | None,
     modulation: tuple[Tensor, Tensor] | None,
@@ -243,7 +243,7 @@ def modulate(
     if x.numel() == 0:
         return stream, out
     tiles = _tiles(*x.shape, FORWARD_ELEMENTS)
-    _modulate_kernel[(batch * triton.cdiv(num_tokens, tiles["TOKENS"]),)](
+    _adaln_fwd_kernel[(batch * triton.cdiv(num_tokens, tiles["TOKENS"]),)](
         x,
         y,
         gate,
@@ -262,7 +262,7 @@ def modulate(
     return stream, out
 
 
-def modulate_backward(
+def adaln_bwd(
     grad_stream: Tensor | None,
     grad_out: Tensor | None,
     stream: Tensor,
@@ -273,13 +273,13 @@ def modulate_backward(
     eps: float,
     shift_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `modulate` by x, y, gate, shift, scale and weight; None for what it was not given.
+    """Gradients of `adaln_fwd` by x, y, gate, shift, scale and weight; None for what it was not given.
 
     Args:
         grad_stream, grad_out: (B, N, D) contiguous. Without scale, and so without a norm, only the first; then x's
             gradient is grad_stream.
         stream: (B, N, D), the first result.
-        residual, scale, weight, norm, eps: what `modulate` took.
+        residual, scale, weight, norm, eps: what `adaln_fwd` took.
         shift_dtype: of shift and its gradient.
     """
     batch, num_tokens, width = stream.shape
@@ -303,7 +303,7 @@ def modulate_backward(
     num_chunks = triton.cdiv(num_tokens, tiles["TOKENS"])
     kinds = (residual is not None) + 2 * has_norm
     parts = stream.new_empty(batch * num_chunks, kinds, width, dtype=torch.float32)
-    _modulate_backward_kernel[(batch * num_chunks,)](
+    _adaln_bwd_kernel[(batch * num_chunks,)](
         grad_stream,
         grad_out,
         stream,
@@ -323,7 +323,7 @@ def modulate_backward(
         KINDS=kinds,
         **tiles,
     )
-    _sum_chunks_kernel[(batch, triton.cdiv(width, SUMMED_COLUMNS))](
+    _adaln_sum_chunks_kernel[(batch, triton.cdiv(width, SUMMED_COLUMNS))](
         parts,
         scale,
         weight,

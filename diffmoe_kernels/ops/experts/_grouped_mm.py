@@ -22,7 +22,7 @@ from diffmoe_kernels.ops.experts._triton_backward import (
     rows_of_tile,
 )
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
-from diffmoe_kernels.ops.permute._triton import gather, gather_sum
+from diffmoe_kernels.ops.permute._triton import permute_fwd, unpermute_fwd
 from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import next_power_of_2
 
@@ -32,7 +32,7 @@ ELEMENTS = 4096  # of a tile, forward
 # pre (R, U) or (R, N), bias (E, U) or (E, N) or None, group_offsets (E,) -> pre with the bias, hidden (R, I) unless it
 # is None
 @triton.jit
-def _epilogue_kernel(
+def _experts_activation_fwd_kernel(
     pre,
     bias,
     group_offsets,
@@ -73,7 +73,7 @@ def _epilogue_kernel(
 # grad_hidden (R, I) before the gate, gates (R,), pre (R, U), grad_rows (R, D), bias (E, D) or None,
 # group_offsets (E,) -> grad_pre (R, U), weighted (R, I), grad_gates (R,)
 @triton.jit
-def _activation_backward_kernel(
+def _experts_activation_bwd_kernel(
     grad_hidden,
     gates,
     pre,
@@ -114,7 +114,7 @@ def _epilogue(pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: T
     groups = next_power_of_2(num_groups)
     block_r = rows_of_tile(ELEMENTS, block_c, groups)
     grid = (triton.cdiv(pre.shape[0], block_r), triton.cdiv(width, block_c))
-    _epilogue_kernel[grid](
+    _experts_activation_fwd_kernel[grid](
         pre,
         bias,
         group_offsets,
@@ -133,7 +133,7 @@ def _aligned(weights: Tensor) -> Tensor:
     return weights if weights.data_ptr() % 16 == 0 else weights.clone()
 
 
-def forward(
+def experts_fwd(
     x: Tensor,
     routing: Routing,
     up: Tensor,
@@ -147,7 +147,7 @@ def forward(
     """(T, D) -> rows (R, D) and the pre-activation (R, U), or (0, U) where it is not kept; neither is written past
     the last group."""
     up, down, offsets = _aligned(up), _aligned(down), routing.group_offsets
-    pre = F.grouped_mm(gather(x, routing.token_indices, offsets), up.mT, offs=offsets)
+    pre = F.grouped_mm(permute_fwd(x, routing.token_indices, offsets), up.mT, offs=offsets)
     hidden = pre.new_empty(pre.shape[0], down.shape[2])
     _epilogue(pre, up_bias, offsets, hidden, activation)
     rows = F.grouped_mm(hidden, down.mT, offs=offsets)
@@ -156,7 +156,7 @@ def forward(
     return rows, pre if keep_pre else pre.new_empty(0, pre.shape[1])
 
 
-def backward(
+def experts_bwd(
     grad: Tensor,
     x: Tensor,
     routing: Routing,
@@ -174,14 +174,14 @@ def backward(
     """grad (T, D) -> gradients with respect to x, gates, up, down and their biases; None where not asked for."""
     up, down = _aligned(up), _aligned(down)
     gates, token_indices, offsets = routing.gates, routing.token_indices, routing.group_offsets
-    grad_rows = gather(grad, token_indices, offsets)
+    grad_rows = permute_fwd(grad, token_indices, offsets)
     grad_hidden = F.grouped_mm(grad_rows, down, offs=offsets)
     grad_pre, weighted, grad_gates = torch.empty_like(pre), torch.empty_like(grad_hidden), torch.empty_like(gates)
     num_groups, hidden_size, width = down.shape
     block_c = min(next_power_of_2(width), COLUMNS)
     groups = next_power_of_2(num_groups)
     block_r = rows_of_tile(ELEMENTS_BACKWARD, block_c, groups)
-    _activation_backward_kernel[(triton.cdiv(pre.shape[0], block_r),)](
+    _experts_activation_bwd_kernel[(triton.cdiv(pre.shape[0], block_r),)](
         grad_hidden,
         gates,
         pre,
@@ -204,10 +204,10 @@ def backward(
     grad_x = None
     if needs_x:
         rows = F.grouped_mm(grad_pre, up, offs=offsets)
-        grad_x = gather_sum(rows, None, routing.token_offsets, routing.token_rows)
+        grad_x = unpermute_fwd(rows, None, routing.token_offsets, routing.token_rows)
     if not needs_weights:
         return grad_x, grad_gates, None, None, None, None
-    grad_up = F.grouped_mm(grad_pre.mT, gather(x, token_indices, offsets), offs=offsets)
+    grad_up = F.grouped_mm(grad_pre.mT, permute_fwd(x, token_indices, offsets), offs=offsets)
     grad_down = F.grouped_mm(grad_rows.mT, weighted, offs=offsets)
     grad_biases = None, None
     if bias_dtype is not None:

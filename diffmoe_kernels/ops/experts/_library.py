@@ -9,14 +9,14 @@ from torch import Tensor
 
 from diffmoe_kernels.operator import empty_for_none, operator
 from diffmoe_kernels.ops.experts import _grouped_mm, _triton, _triton_backward
-from diffmoe_kernels.ops.permute._triton import gather_sum
+from diffmoe_kernels.ops.permute._triton import unpermute_fwd
 from diffmoe_kernels.routing import Routing, for_kernels
 from diffmoe_kernels.triton_support import why_not_triton
 
 # Who multiplies: (T, D) -> rows (R, D) and the pre-activation, and the way back.
 PRODUCTS = {
-    "triton": (_triton.forward, _triton_backward.backward),
-    "grouped_mm": (_grouped_mm.forward, _grouped_mm.backward),
+    "triton": (_triton.experts_fwd, _triton_backward.experts_bwd),
+    "grouped_mm": (_grouped_mm.experts_fwd, _grouped_mm.experts_bwd),
 }
 
 
@@ -49,7 +49,7 @@ def _experts(
     routing = Routing(token_indices, gates, group_offsets, token_offsets, token_rows)
     rows, pre = forward(x, routing, up, down, up_bias, down_bias, activation, keep_pre=keep_pre)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return gather_sum(rows, gates, token_offsets, token_rows, residual, dtype), pre
+    return unpermute_fwd(rows, gates, token_offsets, token_rows, residual, dtype), pre
 
 
 @_experts.register_fake

@@ -41,7 +41,7 @@ def activated(h, ACTIVATION: tl.constexpr):
 # x (T, D), token_indices (R,), up (E, U, D) or a descriptor of its tiles, bias (E, U), group_offsets (E,)
 # -> pre (R, U), hidden (R, I). bias and pre may be None
 @triton.jit(do_not_specialize=["num_rows"])
-def _up_kernel(
+def _experts_up_fwd_kernel(
     x,
     token_indices,
     up,
@@ -144,7 +144,7 @@ def up_projection(
     def launch(tile: Tile) -> None:
         descriptors = describe((up, (1, tile.n, tile.k))) if tile.descriptors else None
         grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * triton.cdiv(width, tile.n), x)
-        _up_kernel[(grid,)](
+        _experts_up_fwd_kernel[(grid,)](
             x,
             token_indices,
             *(descriptors or (up,)),
@@ -168,7 +168,7 @@ def up_projection(
     return pre, hidden
 
 
-def forward(
+def experts_fwd(
     x: Tensor,
     routing: Routing,
     up: Tensor,

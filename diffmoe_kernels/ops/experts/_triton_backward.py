@@ -16,7 +16,7 @@ from diffmoe_kernels.ops.grouped_gemm._triton import find_tile, group_tiles, mos
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
-from diffmoe_kernels.ops.permute._triton import gather_sum
+from diffmoe_kernels.ops.permute._triton import unpermute_fwd
 from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import Tile, describe, input_precision, next_power_of_2, num_programs
 
@@ -82,7 +82,7 @@ def products_with_bias(grad, source, group, bias, valid, hidden_size: tl.constex
 # group_offsets (E,) -> grad_pre (R, U), weighted (R, I): gates * activation, grad_gates (tiles of I, R): parts of the
 # gates' gradients
 @triton.jit(do_not_specialize=["num_rows"])
-def _down_backward_kernel(
+def _experts_down_bwd_kernel(
     grad_out,
     token_indices,
     gates,
@@ -151,7 +151,7 @@ def _down_backward_kernel(
 # parts (P, R), group_offsets (E,), grad_out (T, D), token_indices (R,), bias (E, D) or None -> out (R,): sums of the
 # parts, and of what the bias adds; 0 past the last group
 @triton.jit
-def _gate_gradients_kernel(
+def _experts_gates_bwd_kernel(
     parts,
     group_offsets,
     grad_out,
@@ -209,7 +209,7 @@ def down_backward(
         tiles_n = triton.cdiv(width, tile.n)
         parts = gates.new_empty(tiles_n, num_rows)
         grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * tiles_n, pre)
-        _down_backward_kernel[(grid,)](
+        _experts_down_bwd_kernel[(grid,)](
             grad_out,
             token_indices,
             gates,
@@ -241,7 +241,7 @@ def down_backward(
     block_r = max(ELEMENTS_BACKWARD // block_p, 4)
     if down_bias is not None:
         block_r = rows_of_tile(ELEMENTS_BACKWARD, block_c, groups)
-    _gate_gradients_kernel[(triton.cdiv(num_rows, block_r),)](
+    _experts_gates_bwd_kernel[(triton.cdiv(num_rows, block_r),)](
         parts,
         group_offsets,
         grad_out,
@@ -260,7 +260,7 @@ def down_backward(
     return grad_pre, weighted, grad_gates
 
 
-def backward(
+def experts_bwd(
     grad: Tensor,
     x: Tensor,
     routing: Routing,
@@ -282,7 +282,7 @@ def backward(
     )
     grad_x = None
     if needs_x:
-        grad_x = gather_sum(multiply_rows(grad_pre, up, offsets), None, routing.token_offsets, routing.token_rows)
+        grad_x = unpermute_fwd(multiply_rows(grad_pre, up, offsets), None, routing.token_offsets, routing.token_rows)
     if not needs_weights:
         return grad_x, grad_gates, None, None, None, None
     kinds = {"token_indices": token_indices, "dtype": weight_dtype}

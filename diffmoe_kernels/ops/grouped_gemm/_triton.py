@@ -70,7 +70,7 @@ def _clear_rows(out, first, num_rows, num_columns: tl.constexpr, BLOCK_M: tl.con
 # x (R, K), w (E, K, N), bias (E, N) or None, group_offsets (E,) -> out (R, N); with DESCRIPTORS x and w are descriptors
 # of tiles, and w is one of (E, N, K) where K_INNER
 @triton.jit(do_not_specialize=["num_rows"])
-def _rows_kernel(
+def _grouped_gemm_fwd_kernel(
     x,
     w,
     bias,
@@ -170,7 +170,7 @@ def multiply_rows(
             block_w = (1, tile.n, tile.k) if k_inner else (1, tile.k, tile.n)
             descriptors = describe((x, (tile.m, tile.k)), (w.mT if k_inner else w, block_w))
         grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * triton.cdiv(num_columns, tile.n), x)
-        _rows_kernel[(grid,)](
+        _grouped_gemm_fwd_kernel[(grid,)](
             *(descriptors or (x, w)),
             bias,
             group_offsets,

@@ -16,7 +16,7 @@ ROWS, COLUMNS = 128, 64  # of a tile
 
 # rows (R, N), or (T, N) with token_indices (R,), gates (R,) or None, group_offsets (E,) -> out (E, N)
 @triton.jit
-def _sum_rows_kernel(
+def _grouped_gemm_sum_rows_kernel(
     rows,
     token_indices,
     gates,
@@ -61,7 +61,7 @@ def sum_rows(
     if out.numel() == 0:
         return out
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    _sum_rows_kernel[(num_groups, triton.cdiv(num_columns, COLUMNS))](
+    _grouped_gemm_sum_rows_kernel[(num_groups, triton.cdiv(num_columns, COLUMNS))](
         rows,
         token_indices,
         gates,

@@ -17,7 +17,7 @@ from diffmoe_kernels.triton_support import Tile, input_precision
 
 # a (R, M) or (T, M) gathered, b (R, N) or (T, N) gathered, token_indices (R,) or None -> out (E, M, N)
 @triton.jit(do_not_specialize=["num_rows"])
-def _weight_grad_kernel(
+def _grouped_gemm_weight_grad_kernel(
     a,
     b,
     token_indices,
@@ -105,7 +105,7 @@ def weight_grad(
 
     def launch(tile: Tile) -> None:
         tiles_m, tiles_n = triton.cdiv(size_m, tile.m), triton.cdiv(size_n, tile.n)
-        _weight_grad_kernel[(num_groups * tiles_m * tiles_n,)](
+        _grouped_gemm_weight_grad_kernel[(num_groups * tiles_m * tiles_n,)](
             a,
             b,
             token_indices,

@@ -22,7 +22,7 @@ def _permute(
     token_rows: Tensor,
     backend: str,
 ) -> Tensor:
-    return kernels(backend).gather(x, token_indices, group_offsets)
+    return kernels(backend).permute_fwd(x, token_indices, group_offsets)
 
 
 @_permute.register_fake
@@ -32,7 +32,7 @@ def _(x, token_indices, group_offsets, token_offsets, token_rows, backend):
 
 @operator("permute_backward")
 def _permute_backward(grad_rows: Tensor, token_offsets: Tensor, token_rows: Tensor, backend: str) -> Tensor:
-    return kernels(backend).gather_sum(grad_rows.contiguous(), None, token_offsets, token_rows)
+    return kernels(backend).unpermute_fwd(grad_rows.contiguous(), None, token_offsets, token_rows)
 
 
 @_permute_backward.register_fake
@@ -62,7 +62,7 @@ def _unpermute(
     token_rows: Tensor,
     backend: str,
 ) -> Tensor:
-    return kernels(backend).gather_sum(rows, gates, token_offsets, token_rows)
+    return kernels(backend).unpermute_fwd(rows, gates, token_offsets, token_rows)
 
 
 @_unpermute.register_fake
@@ -74,7 +74,7 @@ def _(rows, gates, token_indices, group_offsets, token_offsets, token_rows, back
 def _unpermute_backward(
     grad_out: Tensor, rows: Tensor, gates: Tensor, token_indices: Tensor, group_offsets: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return kernels(backend).unpermute_backward(grad_out.contiguous(), rows, gates, token_indices, group_offsets)
+    return kernels(backend).unpermute_bwd(grad_out.contiguous(), rows, gates, token_indices, group_offsets)
 
 
 @_unpermute_backward.register_fake

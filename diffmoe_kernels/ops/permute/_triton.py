@@ -17,7 +17,7 @@ ELEMENTS = 4096  # of a block: 16 bytes a load for 4 warps, four loads in flight
 
 # x (T, D), token_indices (R,), group_offsets (E,) -> out (R, D)
 @triton.jit
-def _gather_kernel(
+def _permute_fwd_kernel(
     x,
     token_indices,
     group_offsets,
@@ -38,7 +38,7 @@ def _gather_kernel(
 
 # rows (R, D), gates (R,) or None, token_offsets (T + 1,), token_rows (R,), residual (T, D) or None -> out (T, D)
 @triton.jit
-def _gather_sum_kernel(
+def _unpermute_fwd_kernel(
     rows,
     gates,
     token_offsets,
@@ -75,7 +75,7 @@ def _gather_sum_kernel(
 
 # rows (R, D), gates (R,), token_indices (R,), group_offsets (E,), grad_out (T, D) -> grad_rows (R, D), grad_gates (R,)
 @triton.jit
-def _unpermute_backward_kernel(
+def _unpermute_bwd_kernel(
     rows,
     gates,
     token_indices,
@@ -114,18 +114,20 @@ def _blocks(num_columns: int, elements: int = ELEMENTS) -> tuple[int, int]:
     return max(elements // width, 1), width
 
 
-def gather(x: Tensor, token_indices: Tensor, group_offsets: Tensor) -> Tensor:
+def permute_fwd(x: Tensor, token_indices: Tensor, group_offsets: Tensor) -> Tensor:
     """(T, D) -> (R, D): row r is token ``token_indices[r]``; not written past the last group."""
     out = x.new_empty(token_indices.shape[0], x.shape[1])
     if out.numel() == 0:
         return out
     block_r, block_d = _blocks(x.shape[1])
     grid = (triton.cdiv(out.shape[0], block_r), triton.cdiv(out.shape[1], block_d))
-    _gather_kernel[grid](x, token_indices, group_offsets, out, group_offsets.shape[0], out.shape[1], block_r, block_d)
+    _permute_fwd_kernel[grid](
+        x, token_indices, group_offsets, out, group_offsets.shape[0], out.shape[1], block_r, block_d
+    )
     return out
 
 
-def gather_sum(
+def unpermute_fwd(
     rows: Tensor,
     gates: Tensor | None,
     token_offsets: Tensor,
@@ -140,7 +142,7 @@ def gather_sum(
         return out
     block_t, block_d = _blocks(num_columns)
     grid = (triton.cdiv(num_tokens, block_t), triton.cdiv(num_columns, block_d))
-    _gather_sum_kernel[grid](
+    _unpermute_fwd_kernel[grid](
         rows,
         gates,
         token_offsets,
@@ -155,15 +157,15 @@ def gather_sum(
     return out
 
 
-def unpermute_backward(
+def unpermute_bwd(
     grad_out: Tensor, rows: Tensor, gates: Tensor, token_indices: Tensor, group_offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `gather_sum` by its rows (R, D) and gates (R,); 0 past the last group."""
+    """Gradients of `unpermute_fwd` by its rows (R, D) and gates (R,); 0 past the last group."""
     grad_rows, grad_gates = torch.empty_like(rows), torch.empty_like(gates)
     if rows.numel() == 0:
         return grad_rows, grad_gates.zero_()
     block_r, block_d = _blocks(rows.shape[1], 2 * ELEMENTS)  # with 8 warps: with 4 some compilers spill
-    _unpermute_backward_kernel[(triton.cdiv(rows.shape[0], block_r),)](
+    _unpermute_bwd_kernel[(triton.cdiv(rows.shape[0], block_r),)](
         rows,
         gates,
         token_indices,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from diffmoe_kernels.operator import empty_for_none, operator
 from diffmoe_kernels.ops.rope_attention._prepare import Norm, Settings, Table
-from diffmoe_kernels.ops.rope_attention._triton import attend
-from diffmoe_kernels.ops.rope_attention._triton_backward import attend_backward
+from diffmoe_kernels.ops.rope_attention._triton import rope_attention_fwd
+from diffmoe_kernels.ops.rope_attention._triton_backward import rope_attention_bwd
 from diffmoe_kernels.triton_support import why_not_triton
 
 MAX_HEAD_DIM = 128
@@ -37,7 +37,7 @@ def _rope_attention(
     """(B, N, H + 2 Hkv, d) -> (B, N, H, d) and the scores' log-sum-exp (B, H, N), empty unless it is kept."""
     q_norm, k_norm = Norm(q_weight, q_bias, norm_eps), Norm(k_weight, k_bias, norm_eps)
     settings = Settings(num_heads, rope, num_prefix_tokens, norm, scale)
-    return attend(qkv, Table(cos, sin), q_norm, k_norm, settings, keep_lse=keep_lse)
+    return rope_attention_fwd(qkv, Table(cos, sin), q_norm, k_norm, settings, keep_lse=keep_lse)
 
 
 @_rope_attention.register_fake
@@ -69,7 +69,7 @@ def _rope_attention_backward(
     """Gradients with respect to qkv and the norms' scales and shifts, empty where there are none."""
     q_norm, k_norm = Norm(q_weight, q_bias, norm_eps), Norm(k_weight, k_bias, norm_eps)
     settings = Settings(num_heads, rope, num_prefix_tokens, norm, scale)
-    by_qkv, by_norms = attend_backward(grad.contiguous(), qkv, out, lse, Table(cos, sin), q_norm, k_norm, settings)
+    by_qkv, by_norms = rope_attention_bwd(grad.contiguous(), qkv, out, lse, Table(cos, sin), q_norm, k_norm, settings)
     return empty_for_none(qkv, by_qkv, *by_norms)
 
 

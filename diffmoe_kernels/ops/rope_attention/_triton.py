@@ -50,7 +50,7 @@ def _attend_to(q, k, v, tokens, num_tokens, highest, total, result, PRECISION: t
 # qkv (B, N, H + 2 Hkv, d), a `Table`, two of `Norm` -> out (B, N, H, d), lse (B, H, N) unless it is None: log2 of the
 # sum of exp2 of the scores times log2(e). KEPT: blocks of keys that stay in shared memory, all of them, or 0
 @triton.jit
-def _forward_kernel(
+def _rope_attention_fwd_kernel(
     qkv,
     table,
     q_norm,
@@ -106,7 +106,7 @@ def _forward_kernel(
             tl.store(at, highest + tl.log2(total), mask=rows < num_tokens)
 
 
-def attend(
+def rope_attention_fwd(
     qkv: Tensor,
     table: Table,
     q_norm: Norm,
@@ -125,7 +125,7 @@ def attend(
 
     def launch(tile: AttentionTile) -> None:
         programs = programs_of_head(tile, triton.cdiv(num_tokens, tile.m), settings.num_heads * batch, qkv)
-        _forward_kernel[(programs, settings.num_heads, batch)](
+        _rope_attention_fwd_kernel[(programs, settings.num_heads, batch)](
             qkv,
             table,
             q_norm,

@@ -52,10 +52,10 @@ def _key_grads(k, v, q, grads, log_sum, by_sum, grad_k, grad_v, PRECISION: tl.co
     return add_weighted(grad_k, by_scores.to(k[0].dtype), q, PRECISION), grad_v
 
 
-# what `_forward_kernel` took and gave, grad (B, N, H, d) -> the queries of grad_qkv, delta (B, H, N), by_norm: a `Norm`
-# of parts of the gradients of q's, (B, H, blocks of N, d) each. KEPT: as there
+# what `_rope_attention_fwd_kernel` took and gave, grad (B, N, H, d) -> the queries of grad_qkv, delta (B, H, N),
+# by_norm: a `Norm` of parts of the gradients of q's, (B, H, blocks of N, d) each. KEPT: as there
 @triton.jit
-def _query_backward_kernel(
+def _rope_attention_bwd_q_kernel(
     qkv,
     table,
     q_norm,
@@ -119,7 +119,7 @@ def _query_backward_kernel(
 # the same -> the keys and values of grad_qkv, by_norm: of k's, (B, Hkv, blocks of N, d) each. KEPT: blocks of
 # queries and their gradients that stay in shared memory, where a key's head has one head of queries
 @triton.jit
-def _key_backward_kernel(
+def _rope_attention_bwd_kv_kernel(
     qkv,
     table,
     q_norm,
@@ -194,7 +194,7 @@ def _key_backward_kernel(
         )  # fmt: skip
 
 
-def attend_backward(
+def rope_attention_bwd(
     grad: Tensor,
     qkv: Tensor,
     out: Tensor,
@@ -222,7 +222,7 @@ def attend_backward(
     def launch_by_queries(tile: AttentionTile) -> Norm:
         blocks = triton.cdiv(num_tokens, tile.m)
         by_norm = parts(q_norm, num_heads, blocks)
-        _query_backward_kernel[(programs_of_head(tile, blocks, num_heads * batch, qkv), num_heads, batch)](
+        _rope_attention_bwd_q_kernel[(programs_of_head(tile, blocks, num_heads * batch, qkv), num_heads, batch)](
             *(qkv, table, q_norm, k_norm, out, grad, lse, grad_qkv, delta, by_norm, num_tokens, settings.scale),
             **constants,
             **tile.options,
@@ -233,7 +233,7 @@ def attend_backward(
     def launch_by_keys(tile: AttentionTile) -> Norm:
         blocks = triton.cdiv(num_tokens, tile.n)
         by_norm = parts(k_norm, num_kv_heads, blocks)
-        _key_backward_kernel[(programs_of_head(tile, blocks, num_kv_heads * batch, qkv), num_kv_heads, batch)](
+        _rope_attention_bwd_kv_kernel[(programs_of_head(tile, blocks, num_kv_heads * batch, qkv), num_kv_heads, batch)](
             *(qkv, table, q_norm, k_norm, grad, lse, delta, grad_qkv, by_norm, num_tokens, settings.scale),
             **constants,
             **tile.options,

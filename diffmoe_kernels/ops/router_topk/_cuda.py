@@ -9,7 +9,7 @@ from diffmoe_kernels.cuda_support import TYPES, address, extension, stream_of
 from diffmoe_kernels.ops.router_topk.outputs import outputs_of
 
 
-def route(
+def router_topk_fwd(
     router_logits: Tensor,
     expert_bias: Tensor | None,
     top_k: int,
@@ -36,7 +36,7 @@ def route(
     bias = None if expert_bias is None else expert_bias.float()
     counts = topk_ids.new_empty(extension.router_chunks(num_tokens), num_experts)
     record = topk_weights, token_indices, gates, group_offsets, token_offsets, token_rows
-    extension.router_topk(
+    extension.router_topk_fwd(
         *map(address, (router_logits, bias, scores, topk_ids, counts, *record)),
         num_tokens,
         num_experts,
@@ -53,7 +53,7 @@ def route(
     return outputs
 
 
-def route_backward(
+def router_topk_bwd(
     grad_weights: Tensor | None,
     grad_scores: Tensor | None,
     grad_gates: Tensor | None,
@@ -65,10 +65,10 @@ def route_backward(
     scaling_factor: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of `route` by its logits (T, E), in one launch."""
+    """Gradient of `router_topk_fwd` by its logits (T, E), in one launch."""
     grad_logits = torch.empty_like(scores, dtype=dtype)
     top_k = topk_ids.shape[1]
-    extension.router_topk_backward(
+    extension.router_topk_bwd(
         *map(address, (grad_weights, grad_scores, grad_gates, scores, topk_ids, token_rows, grad_logits)),
         *scores.shape,
         top_k,

@@ -18,10 +18,10 @@ from diffmoe_kernels.routing import empty_fields
 from diffmoe_kernels.triton_support import next_power_of_2
 
 BLOCK = BLOCK_T  # slots, a bit of a mask each
-MAX_LISTS = 64  # of a program of `_mask_kernel`
+MAX_LISTS = 64  # of a program of `_routing_from_topk_mask_kernel`
 TILE = 16384  # of its elements (slots x lists), 128 a thread, each a comparison that nothing keeps
 MAX_BLOCKS = 16  # of its blocks
-PLACE = 512  # slots of a program of `_place_slots_kernel`: 640 programs at T = 65536, K = 5
+PLACE = 512  # slots of a program of `_routing_from_topk_place_kernel`: 640 programs at T = 65536, K = 5
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _load_ids(topk_ids, slots, mask, E: tl.constexpr):
 
 # topk_ids (R,) -> masks (E + 1, B)
 @triton.jit
-def _mask_kernel(
+def _routing_from_topk_mask_kernel(
     topk_ids,
     masks,
     num_slots,
@@ -60,7 +60,7 @@ def _mask_kernel(
 # topk_ids (R,), topk_weights (R,), masks (E + 1, B), begins (E + 1, B), totals (E + 1,)
 # -> gates (R,), token_indices (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,)
 @triton.jit
-def _place_slots_kernel(
+def _routing_from_topk_place_kernel(
     topk_ids,
     topk_weights,
     masks,
@@ -106,7 +106,7 @@ def _place_slots_kernel(
 
 # grad_gates (R,), topk_ids (T, K), token_offsets (T + 1,), token_rows (R,) -> grad_weights (T, K)
 @triton.jit
-def _place_slots_backward_kernel(
+def _routing_from_topk_bwd_kernel(
     grad_gates,
     topk_ids,
     token_offsets,
@@ -130,7 +130,7 @@ def _place_slots_backward_kernel(
     tl.store(grad_weights + slots, grad.to(grad_weights.dtype.element_ty), mask=mask)
 
 
-def sort_choices(
+def routing_from_topk_fwd(
     topk_ids: Tensor, topk_weights: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sorts (T, K) choices by expert in three launches.
@@ -149,9 +149,9 @@ def sort_choices(
     lists = min(next_power_of_2(num_experts + 1), MAX_LISTS)
     blocks = min(TILE // (BLOCK * lists), MAX_BLOCKS)
     grid = triton.cdiv(num_blocks, blocks), triton.cdiv(num_experts + 1, lists)
-    _mask_kernel[grid](topk_ids, masks, num_slots, num_blocks, num_experts, BLOCK, blocks, lists)
+    _routing_from_topk_mask_kernel[grid](topk_ids, masks, num_slots, num_blocks, num_experts, BLOCK, blocks, lists)
     begins, totals = scan(masks)
-    _place_slots_kernel[(triton.cdiv(num_slots, PLACE),)](
+    _routing_from_topk_place_kernel[(triton.cdiv(num_slots, PLACE),)](
         topk_ids,
         topk_weights,
         masks,
@@ -169,7 +169,7 @@ def sort_choices(
     return maps
 
 
-def sort_choices_backward(
+def routing_from_topk_bwd(
     grad_gates: Tensor,
     topk_ids: Tensor,
     token_offsets: Tensor,
@@ -184,7 +184,7 @@ def sort_choices_backward(
     num_tokens, top_k = topk_ids.shape
     width = next_power_of_2(top_k)
     place_t = max(PLACE // width, 1)
-    _place_slots_backward_kernel[(triton.cdiv(num_tokens, place_t),)](
+    _routing_from_topk_bwd_kernel[(triton.cdiv(num_tokens, place_t),)](
         grad_gates,
         topk_ids,
         token_offsets,

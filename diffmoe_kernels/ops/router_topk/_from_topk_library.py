@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_kernels.operator import operator
-from diffmoe_kernels.ops.router_topk._from_topk import sort_choices, sort_choices_backward
+from diffmoe_kernels.ops.router_topk._from_topk import routing_from_topk_bwd, routing_from_topk_fwd
 from diffmoe_kernels.routing import Routing, check_rows, empty_fields
 
 
@@ -15,7 +15,7 @@ def _routing_from_topk(
     topk_weights: Tensor, topk_ids: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_rows(topk_ids.numel())
-    return sort_choices(topk_ids, topk_weights, num_experts)
+    return routing_from_topk_fwd(topk_ids, topk_weights, num_experts)
 
 
 @_routing_from_topk.register_fake
@@ -32,7 +32,7 @@ def _routing_from_topk_backward(
     num_experts: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return sort_choices_backward(grad_gates.contiguous(), topk_ids, token_offsets, token_rows, num_experts, dtype)
+    return routing_from_topk_bwd(grad_gates.contiguous(), topk_ids, token_offsets, token_rows, num_experts, dtype)
 
 
 @_routing_from_topk_backward.register_fake

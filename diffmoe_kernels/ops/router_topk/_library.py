@@ -29,7 +29,7 @@ def _router_topk(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_rows(router_logits.shape[0] * top_k)
-    return kernels(backend).route(
+    return kernels(backend).router_topk_fwd(
         router_logits,
         expert_bias,
         top_k,
@@ -63,7 +63,7 @@ def _router_topk_backward(
 ) -> Tensor:
     grads = (None if grad is None else grad.contiguous() for grad in (grad_weights, grad_scores, grad_gates))
     rest = scores, topk_ids, token_rows, softmax, normalize, scaling_factor, dtype
-    return kernels(backend).route_backward(*grads, *rest)
+    return kernels(backend).router_topk_bwd(*grads, *rest)
 
 
 @_router_topk_backward.register_fake

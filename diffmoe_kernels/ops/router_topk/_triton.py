@@ -2,9 +2,10 @@
 
 T tokens, E experts, K = top_k, R = T * K rows, B blocks of 32 tokens. Shapes of a kernel's pointers stand above it.
 
-1. `_choose_kernel` scores a block's tokens and chooses their experts: per expert a mask of 32 bits, a token each.
-2. `_scan_kernel` counts those bits and sums them over blocks: where each block begins among its expert's rows.
-3. `_place_kernel` adds where each expert begins and the bits of earlier tokens, and writes the weights and the record.
+1. `_router_topk_choose_kernel` scores a block's tokens and chooses their experts: per expert a mask of 32 bits.
+2. `_router_topk_scan_kernel` counts those bits and sums them: where each block begins among its expert's rows.
+3. `_router_topk_place_kernel` adds where each expert begins and the bits of earlier tokens; it writes the weights and
+   the record.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.ops.router_topk._triton_backward import route_backward
+from diffmoe_kernels.ops.router_topk._triton_backward import router_topk_bwd
 from diffmoe_kernels.ops.router_topk.outputs import outputs_of
 from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T, NARROW, PLACE_T, SCAN, TILE
 from diffmoe_kernels.triton_order import LOWEST, number_of, order_key
 from diffmoe_kernels.triton_support import next_power_of_2
 
-__all__ = ["rank_in_list", "route", "route_backward", "scan"]
+__all__ = ["rank_in_list", "router_topk_fwd", "router_topk_bwd", "scan"]
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def _sum_of_row(tile):
 
 # logits (T, E), bias (E,) or None -> scores (T, E), topk_ids (T, K), masks (E, B)
 @triton.jit
-def _choose_kernel(
+def _router_topk_choose_kernel(
     logits,
     bias,
     scores,
@@ -134,7 +135,7 @@ def _choose_kernel(
 # masks (L, B), of each list, here an expert's tokens, its members -> begins (L, B): how many are in its earlier blocks,
 # totals (L,): how many in all
 @triton.jit
-def _scan_kernel(masks, begins, totals, num_blocks, BLOCK: tl.constexpr):
+def _router_topk_scan_kernel(masks, begins, totals, num_blocks, BLOCK: tl.constexpr):
     own = tl.program_id(0)
     total = tl.zeros((), tl.int32)
     for start in range(0, num_blocks, BLOCK):
@@ -159,7 +160,7 @@ def rank_in_list(masks, begins, lists, places, num_blocks, mask, BLOCK: tl.const
 # scores (T, E), topk_ids (T, K), masks (E, B), begins (E, B), totals (E,) -> topk_weights (T, K), token_indices (R,),
 # gates (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,)
 @triton.jit
-def _place_kernel(
+def _router_topk_place_kernel(
     scores,
     topk_ids,
     masks,
@@ -213,14 +214,16 @@ def _place_kernel(
 
 
 def scan(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Launches `_scan_kernel` on (lists, B) masks and returns (lists, B) begins and (lists,) totals."""
+    """Launches `_router_topk_scan_kernel` on (lists, B) masks and returns (lists, B) begins and (lists,) totals."""
     num_lists, num_blocks = masks.shape
     begins, totals = torch.empty_like(masks), masks.new_empty(num_lists)
-    _scan_kernel[(num_lists,)](masks, begins, totals, num_blocks, min(next_power_of_2(num_blocks), SCAN), num_warps=8)
+    _router_topk_scan_kernel[(num_lists,)](
+        masks, begins, totals, num_blocks, min(next_power_of_2(num_blocks), SCAN), num_warps=8
+    )
     return begins, totals
 
 
-def route(
+def router_topk_fwd(
     router_logits: Tensor,
     expert_bias: Tensor | None,
     top_k: int,
@@ -251,7 +254,7 @@ def route(
     width = next_power_of_2(num_experts // num_groups)
     vector = min(16 // router_logits.element_size(), width)
     groups = next_power_of_2(num_groups)
-    _choose_kernel[(num_blocks,)](
+    _router_topk_choose_kernel[(num_blocks,)](
         router_logits,
         expert_bias,
         scores,
@@ -273,7 +276,7 @@ def route(
         num_warps=1,
     )
     begins, totals = scan(masks)
-    _place_kernel[(triton.cdiv(num_tokens, PLACE_T),)](
+    _router_topk_place_kernel[(triton.cdiv(num_tokens, PLACE_T),)](
         scores,
         topk_ids,
         masks,

@@ -25,7 +25,7 @@ def _grad_of_slots(grad_weights, grad_gates, token_rows, slots, mask):
 # grad_weights (T, K), grad_scores (T, E), grad_gates (R,), None where there is none, scores (T, E), topk_ids (T, K),
 # token_rows (R,) -> grad_logits (T, E)
 @triton.jit
-def _backward_kernel(
+def _router_topk_bwd_kernel(
     grad_weights,
     grad_scores,
     grad_gates,
@@ -79,7 +79,7 @@ def _backward_kernel(
     tl.store(grad_logits + at, (grad * slope).to(grad_logits.dtype.element_ty), mask=mask)
 
 
-def route_backward(
+def router_topk_bwd(
     grad_weights: Tensor | None,
     grad_scores: Tensor | None,
     grad_gates: Tensor | None,
@@ -91,7 +91,7 @@ def route_backward(
     scaling_factor: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of `route` by its logits (T, E), in one launch."""
+    """Gradient of `router_topk_fwd` by its logits (T, E), in one launch."""
     grad_logits = torch.empty_like(scores, dtype=dtype)
     num_tokens, num_experts = scores.shape
     if num_tokens == 0:
@@ -99,7 +99,7 @@ def route_backward(
     width = next_power_of_2(num_experts)
     vector = min(16 // scores.element_size(), width)
     tile_t = min(BLOCK_T, TILE // width)
-    _backward_kernel[(triton.cdiv(num_tokens, tile_t),)](
+    _router_topk_bwd_kernel[(triton.cdiv(num_tokens, tile_t),)](
         grad_weights,
         grad_scores,
         grad_gates,

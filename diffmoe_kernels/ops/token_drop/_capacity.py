@@ -58,7 +58,7 @@ def _softplus(x):
 
 # logits (T, E), group_offsets (E,), token_offsets (T + 1,), token_rows (R,) -> partial (programs,)
 @triton.jit
-def _loss_kernel(
+def _capacity_loss_fwd_kernel(
     logits,
     group_offsets,
     token_offsets,
@@ -84,7 +84,7 @@ def _loss_kernel(
 
 # partial (N,) -> mean ()
 @triton.jit
-def _mean_kernel(partial, mean, num_partials, num_elements, BLOCK: tl.constexpr):
+def _capacity_loss_mean_kernel(partial, mean, num_partials, num_elements, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, num_partials, BLOCK):
         index = first + tl.arange(0, BLOCK)
@@ -94,7 +94,7 @@ def _mean_kernel(partial, mean, num_partials, num_elements, BLOCK: tl.constexpr)
 
 # grad (), logits (T, E), group_offsets (E,), token_offsets (T + 1,), token_rows (R,) -> grad_logits (T, E)
 @triton.jit
-def _loss_backward_kernel(
+def _capacity_loss_bwd_kernel(
     grad,
     logits,
     group_offsets,
@@ -121,14 +121,14 @@ def _loss_backward_kernel(
 
 # cut (E,) -> quantile (E,)
 @triton.jit
-def _quantile_kernel(cut, quantile, num_experts, BLOCK_E: tl.constexpr):
+def _capacity_quantile_kernel(cut, quantile, num_experts, BLOCK_E: tl.constexpr):
     experts = tl.arange(0, BLOCK_E)
     in_experts = experts < num_experts
     logit = number_of(tl.load(cut + experts, mask=in_experts, other=0))
     tl.store(quantile + experts, sigmoid(logit), mask=in_experts)
 
 
-def cross_entropy(logits: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
+def capacity_loss_fwd(logits: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
     """() float32, mean over (T, E) logits of the binary cross-entropy against who was chosen."""
     num_tokens, num_experts = logits.shape
     mean = logits.new_empty((), dtype=torch.float32)
@@ -136,23 +136,23 @@ def cross_entropy(logits: Tensor, group_offsets: Tensor, token_offsets: Tensor, 
         return mean.zero_()
     tile = tile_of(num_experts, num_tokens)
     partial = logits.new_empty(triton.cdiv(num_tokens, tile[0]), dtype=torch.float32)
-    _loss_kernel[(partial.shape[0],)](
+    _capacity_loss_fwd_kernel[(partial.shape[0],)](
         logits, group_offsets, token_offsets, token_rows, partial, num_tokens, num_experts, *tile
     )
-    _mean_kernel[(1,)](partial, mean, partial.shape[0], logits.numel(), SUM_BLOCK)
+    _capacity_loss_mean_kernel[(1,)](partial, mean, partial.shape[0], logits.numel(), SUM_BLOCK)
     return mean
 
 
-def cross_entropy_backward(
+def capacity_loss_bwd(
     grad: Tensor, logits: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor
 ) -> Tensor:
-    """() gradient of `cross_entropy` -> (T, E) of its logits."""
+    """() gradient of `capacity_loss_fwd` -> (T, E) of its logits."""
     num_tokens, num_experts = logits.shape
     grad_logits = torch.empty_like(logits)
     if logits.numel() == 0:
         return grad_logits
     tile = tile_of(num_experts, num_tokens)
-    _loss_backward_kernel[(triton.cdiv(num_tokens, tile[0]),)](
+    _capacity_loss_bwd_kernel[(triton.cdiv(num_tokens, tile[0]),)](
         grad,
         logits,
         group_offsets,
@@ -167,11 +167,11 @@ def cross_entropy_backward(
     return grad_logits
 
 
-def kth_prediction(logits: Tensor, capacity: int) -> Tensor:
+def capacity_quantile_fwd(logits: Tensor, capacity: int) -> Tensor:
     """(T, E) -> (E,) float32, the capacity-th largest sigmoid of each expert; 1 where it is 0."""
     num_experts = logits.shape[1]
     if capacity == 0:
         return logits.new_ones(num_experts, dtype=torch.float32)
     quantile = logits.new_empty(num_experts, dtype=torch.float32)
-    _quantile_kernel[(1,)](select(logits, capacity).cut, quantile, num_experts, next_power_of_2(num_experts))
+    _capacity_quantile_kernel[(1,)](select(logits, capacity).cut, quantile, num_experts, next_power_of_2(num_experts))
     return quantile

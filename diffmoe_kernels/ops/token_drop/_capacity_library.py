@@ -12,7 +12,7 @@ from diffmoe_kernels.routing import Routing, for_kernels
 
 @operator("capacity_loss")
 def _capacity_loss(logits: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
-    return _capacity.cross_entropy(logits, group_offsets, token_offsets, token_rows)
+    return _capacity.capacity_loss_fwd(logits, group_offsets, token_offsets, token_rows)
 
 
 @_capacity_loss.register_fake
@@ -24,7 +24,7 @@ def _(logits, group_offsets, token_offsets, token_rows):
 def _capacity_loss_backward(
     grad: Tensor, logits: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor
 ) -> Tensor:
-    return _capacity.cross_entropy_backward(grad, logits, group_offsets, token_offsets, token_rows)
+    return _capacity.capacity_loss_bwd(grad, logits, group_offsets, token_offsets, token_rows)
 
 
 @_capacity_loss_backward.register_fake
@@ -45,7 +45,7 @@ _capacity_loss.register_autograd(_backward_of_loss, setup_context=_save_inputs)
 
 @operator("capacity_quantile")
 def _capacity_quantile(logits: Tensor, expert_capacity: int) -> Tensor:
-    return _capacity.kth_prediction(logits, expert_capacity)
+    return _capacity.capacity_quantile_fwd(logits, expert_capacity)
 
 
 @_capacity_quantile.register_fake

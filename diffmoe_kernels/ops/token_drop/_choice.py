@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.ops.router_topk._from_topk import sort_choices
+from diffmoe_kernels.ops.router_topk._from_topk import routing_from_topk_fwd
 from diffmoe_kernels.ops.token_drop._select import settle_digit
 from diffmoe_kernels.triton_order import LOWEST, order_key
 from diffmoe_kernels.triton_support import next_power_of_2
@@ -31,7 +31,7 @@ def _load_keys(scores, rows, mask):
 
 # scores (R,) and slots (R,) by expert, group_offsets (E,) -> kept_ids (R,): -1 where dropped, num_dropped ()
 @triton.jit
-def _drop_kernel(
+def _token_choice_drop_kernel(
     scores,
     slots,
     group_offsets,
@@ -75,15 +75,15 @@ def _drop_kernel(
             equal_before += tl.sum(is_equal, 0)
 
 
-def drop_choices(topk_ids: Tensor, scores: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
+def token_choice_drop_fwd(topk_ids: Tensor, scores: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
     """(T, K) ids with -1 in the slots past each expert's best ``capacity``, and how many those are, () int64."""
     kept_ids = topk_ids.clone()
     num_dropped = topk_ids.new_empty((), dtype=torch.int64)
     if topk_ids.numel() == 0:
         return kept_ids, num_dropped.zero_()
     # Each slot as a token of its own: the tokens of rows are slots then.
-    by_expert, slots, group_offsets, *_ = sort_choices(topk_ids.view(-1, 1), scores.view(-1, 1), num_experts)
-    _drop_kernel[(num_experts,)](
+    by_expert, slots, group_offsets, *_ = routing_from_topk_fwd(topk_ids.view(-1, 1), scores.view(-1, 1), num_experts)
+    _token_choice_drop_kernel[(num_experts,)](
         by_expert,
         slots,
         group_offsets,

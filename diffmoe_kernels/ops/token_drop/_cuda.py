@@ -9,7 +9,7 @@ from diffmoe_kernels.cuda_support import TYPES, address, extension, stream_of
 from diffmoe_kernels.routing import empty_fields
 
 
-def route(
+def token_drop_fwd(
     scores: Tensor,
     capacity: int,
     num_pools: int = 1,
@@ -45,26 +45,28 @@ def route(
     tensors = scores, logits, thresholds, cuts, ties, wanted, counts, *routing, dropped
     types = TYPES[scores.dtype], TYPES[(logits if predicted else scores).dtype]
     sizes = num_pools, pool_size, num_experts, capacity, num_rows
-    extension.token_drop(*map(address, tensors), *sizes, *types, by_token, stream_of(scores))
+    extension.token_drop_fwd(*map(address, tensors), *sizes, *types, by_token, stream_of(scores))
     return outputs
 
 
-def spread_gates(
+def token_drop_bwd(
     grad_gates: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """(R,) gradient of the gates -> (T, E) of the scores, 0 where an expert did not take the token."""
     num_tokens, num_experts = token_offsets.shape[0] - 1, group_offsets.shape[0]
     grad_scores = grad_gates.new_empty(num_tokens, num_experts, dtype=dtype)
     tensors = grad_gates, group_offsets, token_offsets, token_rows, grad_scores
-    extension.spread_gates(*map(address, tensors), num_tokens, num_experts, TYPES[dtype], stream_of(grad_gates))
+    extension.token_drop_bwd(*map(address, tensors), num_tokens, num_experts, TYPES[dtype], stream_of(grad_gates))
     return grad_scores
 
 
-def drop_choices(topk_ids: Tensor, scores: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
+def token_choice_drop_fwd(topk_ids: Tensor, scores: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
     """(T, K) ids with -1 in the slots past each expert's best ``capacity``, and how many those are, () int64."""
     ids = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.int()
     kept, num_dropped = ids.clone(), ids.new_empty(num_experts, dtype=torch.int64)
     tensors = map(address, (ids, scores, kept, num_dropped))
     wide = ids.dtype == torch.int64
-    extension.drop_choices(*tensors, ids.numel(), num_experts, capacity, wide, TYPES[scores.dtype], stream_of(scores))
+    extension.token_choice_drop_fwd(
+        *tensors, ids.numel(), num_experts, capacity, wide, TYPES[scores.dtype], stream_of(scores)
+    )
     return kept.to(topk_ids.dtype), num_dropped.sum()

@@ -18,7 +18,7 @@ def _token_drop(
     scores: Tensor, expert_capacity: int, num_pools: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_rows(scores.shape[1] * num_pools * expert_capacity)
-    return kernels(backend).route(scores, expert_capacity, num_pools)
+    return kernels(backend).token_drop_fwd(scores, expert_capacity, num_pools)
 
 
 @_token_drop.register_fake
@@ -31,7 +31,7 @@ def _token_drop_predicted(
     scores: Tensor, logits: Tensor, thresholds: Tensor, max_capacity: int, by_token: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_rows(scores.shape[1] * max_capacity)
-    return kernels(backend).route(scores, max_capacity, 1, logits, thresholds, by_token)
+    return kernels(backend).token_drop_fwd(scores, max_capacity, 1, logits, thresholds, by_token)
 
 
 @_token_drop_predicted.register_fake
@@ -49,7 +49,7 @@ def _token_drop_backward(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    return kernels(backend).spread_gates(grad_gates.contiguous(), group_offsets, token_offsets, token_rows, dtype)
+    return kernels(backend).token_drop_bwd(grad_gates.contiguous(), group_offsets, token_offsets, token_rows, dtype)
 
 
 @_token_drop_backward.register_fake
@@ -76,7 +76,7 @@ def _token_choice_drop(
     topk_ids: Tensor, scores: Tensor, num_experts: int, expert_capacity: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     check_rows(topk_ids.numel())
-    return kernels(backend).drop_choices(topk_ids, scores, num_experts, expert_capacity)
+    return kernels(backend).token_choice_drop_fwd(topk_ids, scores, num_experts, expert_capacity)
 
 
 @_token_choice_drop.register_fake

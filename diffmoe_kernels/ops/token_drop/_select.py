@@ -83,7 +83,7 @@ def _kth_largest(keys, rank):
 # scores (T, E), logits (T, E), thresholds (E,) -> cut (P, E), ties (P, E), wanted (E,), counts (P, B, E). Without a
 # prediction logits, thresholds and wanted are None, here and below num_passed too
 @triton.jit
-def _cut_in_registers_kernel(
+def _token_drop_cut_kernel(
     scores,
     logits,
     thresholds,
@@ -133,7 +133,7 @@ def _cut_in_registers_kernel(
 # scores (T, E), logits (T, E), thresholds (E,)
 # -> keys (E, T), histograms (P * E, PARTS, 256), num_passed (P * E, PARTS)
 @triton.jit
-def _first_digit_kernel(
+def _token_drop_first_digit_kernel(
     scores,
     logits,
     thresholds,
@@ -193,7 +193,7 @@ def _settle_next(histograms, segment, cut, rank, SHIFT: tl.constexpr, PARTS: tl.
 # STEP 1 to 3 -> histograms[STEP] of the keys that agree with the cut so far
 # STEP 4 -> cuts[4], ranks[4], counts (P, B, E), wanted (E,)
 @triton.jit
-def _next_digit_kernel(
+def _token_drop_next_digit_kernel(
     keys,
     histograms,
     num_passed,
@@ -282,7 +282,7 @@ def select(
         cut, ties = (scores.new_empty(num_pools, num_experts, dtype=torch.int32) for _ in range(2))
         height = next_power_of_2(pool_size)
         width = min(max(IN_REGISTERS // height, 1), next_power_of_2(num_experts), 16)
-        _cut_in_registers_kernel[(num_pools, triton.cdiv(num_experts, width))](
+        _token_drop_cut_kernel[(num_pools, triton.cdiv(num_experts, width))](
             scores,
             logits,
             thresholds,
@@ -310,7 +310,7 @@ def select(
     histograms = scores.new_empty(4, num_segments, parts, 256, dtype=torch.int32)
     num_passed = scores.new_empty(num_segments, parts, dtype=torch.int32) if predicted else None
     cuts, ranks = (scores.new_empty(5, num_pools, num_experts, dtype=torch.int32) for _ in range(2))
-    _first_digit_kernel[grid](
+    _token_drop_first_digit_kernel[grid](
         scores,
         logits,
         thresholds,
@@ -327,7 +327,7 @@ def select(
         num_warps=16,  # with 8 one compiler spills
     )
     for step in range(1, 5):
-        _next_digit_kernel[grid](
+        _token_drop_next_digit_kernel[grid](
             keys,
             histograms,
             num_passed,

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.ops.token_drop._choice import drop_choices
+from diffmoe_kernels.ops.token_drop._choice import token_choice_drop_fwd
 from diffmoe_kernels.ops.token_drop._select import TILE, load_keys, select, tile_of
 
-__all__ = ["drop_choices", "route", "spread_gates"]
+__all__ = ["token_choice_drop_fwd", "token_drop_fwd", "token_drop_bwd"]
 from diffmoe_kernels.routing import empty_fields
 
 
@@ -22,7 +22,7 @@ from diffmoe_kernels.routing import empty_fields
 # -> gates (R,), token_indices (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,), dropped ()
 # None: wanted and dropped without a prediction, logits and thresholds where none must be passed to be chosen
 @triton.jit
-def _place_chosen_kernel(
+def _token_drop_place_kernel(
     scores,
     logits,
     thresholds,
@@ -139,7 +139,7 @@ def bounds(group_offsets, token_offsets, tokens, experts, num_tokens, NUM_EXPERT
 
 # grad_gates (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,) -> grad_scores (T, E)
 @triton.jit
-def _spread_gates_kernel(
+def _token_drop_bwd_kernel(
     grad_gates,
     group_offsets,
     token_offsets,
@@ -165,7 +165,7 @@ def _spread_gates_kernel(
     tl.store(grad_scores + at, grad.to(grad_scores.dtype.element_ty), mask=mask)
 
 
-def route(
+def token_drop_fwd(
     scores: Tensor,
     capacity: int,
     num_pools: int = 1,
@@ -191,7 +191,7 @@ def route(
     block_t, block_e = tile_of(num_experts, num_tokens // num_pools)
     num_blocks = chosen.counts.shape[1]
     programs = num_pools * num_blocks
-    _place_chosen_kernel[(programs,)](
+    _token_drop_place_kernel[(programs,)](
         scores,
         logits if by_token else None,
         thresholds if by_token else None,
@@ -217,7 +217,7 @@ def route(
     return routing
 
 
-def spread_gates(
+def token_drop_bwd(
     grad_gates: Tensor, group_offsets: Tensor, token_offsets: Tensor, token_rows: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """(R,) gradient of the gates -> (T, E) of the scores, 0 where an expert did not take the token."""
@@ -226,7 +226,7 @@ def spread_gates(
     if grad_scores.numel() == 0 or grad_gates.numel() == 0:
         return grad_scores.zero_()
     tile = tile_of(num_experts, num_tokens)
-    _spread_gates_kernel[(triton.cdiv(num_tokens, tile[0]),)](
+    _token_drop_bwd_kernel[(triton.cdiv(num_tokens, tile[0]),)](
         grad_gates, group_offsets, token_offsets, token_rows, grad_scores, num_tokens, num_experts, *tile
     )
     return grad_scores
