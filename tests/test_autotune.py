@@ -159,7 +159,8 @@ def test_candidates_hold_the_defaults(monkeypatch, generation, paired, dtype, pr
     tried = list(tiles.candidates(dtype, paired=paired))
     assert len(tried) == len(set(tried)) and 10 < len(tried) < 80
     assert {tile.descriptors for tile in tried} == ({False, True} if generation >= 90 else {False})
-    assert tiles.pick_tile(65536, 16, 1024, 1024, dtype, paired=paired) in tried
+    for columns, depth in ((1024, 1024), (448, 1024), (384, 768), (384, 128), (128, 384)):
+        assert tiles.pick_tile("rows", 65536, 16, columns, depth, dtype, paired=paired) in tried
 
 
 def test_candidates_without_tensor_cores():

@@ -31,9 +31,11 @@ from diffmoe_kernels.routing import Routing
 SHAPES = {
     "DSMoE-L-E16": (16384, 1024, 2048, 16, 2, "swiglu"),
     "DSMoE-L-E48": (16384, 1024, 448, 48, 5, "swiglu"),
+    "DSMoE-S-E16": (65536, 384, 768, 16, 2, "swiglu"),
     "DSMoE-S-E48": (65536, 384, 128, 48, 5, "swiglu"),
     "DSMoE-3B-E16 sampling": (2048, 1152, 2880, 16, 2, "swiglu"),
     "DiffMoE-L-E8": (16384, 1024, 4096, 8, 1, "gelu_tanh"),
+    "DiffMoE-S-E16": (65536, 384, 1536, 16, 1, "gelu_tanh"),
     "DSMoE-L-E48 sampling": (512, 1024, 448, 48, 5, "swiglu"),
     "256 experts": (16384, 1024, 448, 256, 8, "swiglu"),
     "one expert": (4096, 1024, 2048, 1, 1, "swiglu"),
@@ -86,8 +88,8 @@ def launch_experts_in_tf32(shape: tuple, bias: bool) -> None:
 
 def launch_transposed(num_rows: int) -> None:
     """Products whose operands have the rows side by side in memory, as `grouped_gemm` may be given them."""
-    across, offsets = meta(256, num_rows, dtype=torch.bfloat16).mT, meta(4)
-    multiply_rows(across, meta(4, 192, 256, dtype=torch.bfloat16).mT, offsets, clears_rest=True)
+    across, offsets = meta(320, num_rows, dtype=torch.bfloat16).mT, meta(4)
+    multiply_rows(across, meta(4, 192, 320, dtype=torch.bfloat16).mT, offsets, clears_rest=True)
     weight_grad(across, across, offsets, dtype=torch.bfloat16)
 
 

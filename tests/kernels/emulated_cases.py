@@ -148,7 +148,9 @@ CASES = {
     "attention of 128 channels": partial(attention, 140, 1, 1, 128, 0, "1d", "rmsnorm", BFLOAT16),
     # T, D, I, rows of the groups, activation, biases
     "experts": partial(experts, 300, 320, 192, MANY, "swiglu", False, BFLOAT16),
+    "experts of few columns": partial(experts, 300, 136, 128, MANY, "swiglu", False, BFLOAT16),
     "experts with biases": partial(experts, 300, 320, 256, MANY, "gelu_tanh", True, BFLOAT16),
+    "experts with many rows": partial(experts, 300, 320, 192, (1030,), "swiglu", True, BFLOAT16),
     "experts with biases, few rows": partial(experts, 50, 264, 72, FEW, "silu", True, FLOAT16),
     "experts, unaligned": partial(experts, 50, 76, 36, FEW, "swiglu", True, BFLOAT16),
     "experts in TF32": partial(in_tf32, partial(experts, 200, 160, 72, (150, 1, 250), "swiglu", True, FLOAT32)),

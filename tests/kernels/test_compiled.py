@@ -156,11 +156,12 @@ def test_products_fetch_ahead(compiled, capability):
     """While a tile is multiplied the next ones are under way, in the loops with a gather too."""
     products = [row for row in compiled[capability] if row["kernel"] in MATRIX_PRODUCTS and not is_ieee_float32(row)]
     for row in products:
-        by_engine = (
-            capability >= 90 and row["kernel"] != "_grouped_gemm_weight_grad_kernel" and "TF32" not in row["case"]
-        )
-        assert bool(row["bulk_copies"]) == by_engine, row
-        if row["kernel"] != "_grouped_gemm_fwd_kernel" or not by_engine:  # that one needs no other copies
+        is_plain = row["kernel"] == "_grouped_gemm_fwd_kernel"
+        by_pointers = row["kernel"] == "_grouped_gemm_weight_grad_kernel" or "TF32" in row["case"]
+        if is_plain and any(name in row["case"] for name in ("DSMoE-S-E48", "wide", "odd")):
+            by_pointers = True  # a depth of at most 256
+        assert bool(row["bulk_copies"]) == (capability >= 90 and not by_pointers), row
+        if not is_plain or not row["bulk_copies"]:  # it needs no other copies
             assert row["loads_in_flight"] > 0, row
 
 

@@ -182,10 +182,62 @@ def test_default_tiles(monkeypatch, generation, rows_a_group):
         monkeypatch.setattr(tiles, "input_precision", lambda _, precision=precision: precision)
         for columns in (64, 128, 448, 4096):
             for paired in (False, True):
-                tile = tiles.pick_tile(rows_a_group * 8, 8, columns, 1024, dtype, paired=paired)
+                tile = tiles.pick_tile("rows", rows_a_group * 8, 8, columns, 1024, dtype, paired=paired)
                 assert tile.descriptors == (generation >= 90 and dtype != torch.float32)
                 assert tile.n <= 64 or tile.n < 2 * columns
                 assert tile.k >= 16 and tile.m >= (64 if tile.descriptors else 32)
+
+
+# (T, D, I, E, K) at 16,384 to 65,536 tokens, as the models train
+TRAINED = {
+    "DSMoE-S-E16": (65536, 384, 768, 16, 2),
+    "DSMoE-S-E48": (65536, 384, 128, 48, 5),
+    "DSMoE-B-E48": (32768, 768, 256, 48, 5),
+    "DSMoE-L-E16": (16384, 1024, 2048, 16, 2),
+    "DSMoE-L-E48": (16384, 1024, 448, 48, 5),
+    "DSMoE-3B-E16": (16384, 1152, 2880, 16, 2),
+}
+# Columns, rows and depth, warps and stages that did best on an H200, where all that was told was told.
+MEASURED = {
+    ("up", "DSMoE-L-E16"): (128, 128, 64, 8, 4),
+    ("up", "DSMoE-3B-E16"): (128, 128, 64, 8, 4),
+    ("up", "DSMoE-B-E48"): (128, 128, 64, 8, 4),
+    ("up", "DSMoE-L-E48"): (256, 64, 64, 8, 4),
+    ("rows", "DSMoE-L-E16"): (128, 256, 64, 8, 3),
+    ("rows", "DSMoE-L-E48"): (128, 256, 64, 8, 3),
+    ("rows", "DSMoE-B-E48"): (128, 128, 32, 4, 4),
+    ("rows", "DSMoE-S-E48"): (128, 128, 32, 4, 4),
+}
+
+
+def of_training(kernel: str, name: str) -> Tile:
+    num_tokens, hidden, inner, num_experts, top_k = TRAINED[name]
+    columns, depth = (hidden, inner) if kernel == "rows" else (inner, hidden)
+    rows = num_tokens * top_k
+    return tiles.pick_tile(kernel, rows, num_experts, columns, depth, torch.bfloat16, paired=kernel == "up")
+
+
+@pytest.mark.parametrize(("kernel", "name"), MEASURED)
+def test_measured_tiles(monkeypatch, kernel, name):
+    monkeypatch.setattr(tiles, "chip_generation", lambda: 90)
+    tile = of_training(kernel, name)
+    assert (tile.m, tile.n, tile.k, tile.warps, tile.stages) == MEASURED[kernel, name]
+
+
+@pytest.mark.parametrize("generation", [90, 100])
+def test_tiles_of_training_multiply_few_zeros(monkeypatch, generation):
+    """Few of them, but where a wider tile that is partly empty reads its rows less often."""
+    monkeypatch.setattr(tiles, "chip_generation", lambda: generation)
+    for name, (num_tokens, hidden, inner, num_experts, top_k) in TRAINED.items():
+        for kernel, columns in (("up", inner), ("rows", hidden), ("down_backward", inner)):
+            tile = of_training(kernel, name)
+            if (kernel, name) != ("down_backward", "DSMoE-L-E48"):
+                assert -columns % tile.n < columns / 16, (name, kernel, tile)
+        for sizes in ((2 * inner, hidden), (hidden, inner)):
+            tile = tiles.pick_weight_grad_tile(*sizes, torch.bfloat16)
+            padded = [size + -size % block for size, block in zip(sizes, (tile.m, tile.n), strict=True)]
+            if sizes != (1024, 448):
+                assert padded[0] * padded[1] < 1.07 * sizes[0] * sizes[1], (name, sizes, tile)
 
 
 def test_weights_whose_rows_are_far_apart():

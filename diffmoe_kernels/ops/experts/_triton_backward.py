@@ -233,8 +233,7 @@ def down_backward(
         return parts
 
     sizes = (num_rows, num_groups, width, depth)
-    # Its epilogue holds as much as that of a pair.
-    parts = launch(tile or best_product_tile("down_backward", launch, sizes, pre.dtype, activation, paired=True))
+    parts = launch(tile or best_product_tile("down_backward", launch, sizes, pre.dtype, activation))
     groups = next_power_of_2(num_groups)
     block_c = min(next_power_of_2(depth), COLUMNS)
     block_p = next_power_of_2(parts.shape[0])

@@ -1,9 +1,10 @@
 """Tiles of the grouped products, picked by hand: a first call costs a compile, not a search.
 
-Keyed by the device and by how many rows a group has on average. The tiles for training on sm_90 are those that did best
-when first drafts of two of the products were timed on an H200 (torch 2.11, triton 3.6, 2026-11-20); the others are not
-measured: they fit shared memory, at most 99 KiB below sm_90, so that the smaller chips of that generation take them
-too, and 227 KiB from there on, and spill no registers. From sm_90 on what needs no gather comes by tensor descriptors.
+Keyed by the device and by how many rows a group has on average; from sm_90 on, in training, by columns and depth, too.
+Marked are those that did best when first drafts of two of the products were timed on an H200 (torch 2.11, triton 3.6,
+2026-11-20). The others are not measured: they fit shared memory, at most 99 KiB below sm_90, so that the smaller chips
+of that generation take them too, and 227 KiB from there on, and spill no registers. From sm_90 on what needs no gather
+comes by tensor descriptors, but where pointers did better.
 """
 
 from __future__ import annotations
@@ -18,25 +19,31 @@ from diffmoe_kernels.autotune import best_tile
 from diffmoe_kernels.triton_support import Tile, chip_generation, input_precision, next_power_of_2
 
 FEW, SOME = 32, 128  # rows of an average group, up to which a tile of 32 or 64 rows wastes less than one of 128
+TALL = 1024  # from which a tile of 256 rows wastes at most an eighth
 
 # (least compute capability, kind of rows) -> tile, for 16-bit numbers, half as deep for TF32; of a plain product.
 _PLAIN = {
     (90, "few"): Tile(64, 128, 64, 4, 4, descriptors=True),  # warp-group products have 64 rows at least
     (90, "some"): Tile(64, 128, 64, 4, 4, descriptors=True),
-    (90, "many"): Tile(128, 256, 64, 8, 3, descriptors=True),
+    (90, "many"): Tile(128, 256, 64, 8, 3, descriptors=True),  # measured at DSMoE-L, with pointers
     (80, "few"): Tile(32, 128, 32, 4, 4),
     (80, "some"): Tile(64, 128, 32, 4, 4),
     (80, "many"): Tile(128, 128, 64, 8, 3),
 }
-# The same of a product with two columns of weights side by side, gate and up.
+# The same of a product with two columns of weights side by side, gate and up, or with an epilogue that holds as much.
 _PAIRED = {
     (90, "few"): Tile(64, 64, 64, 4, 4, descriptors=True),
     (90, "some"): Tile(64, 64, 64, 4, 4, descriptors=True),
-    (90, "many"): Tile(128, 128, 64, 8, 4, descriptors=True),
+    (90, "many"): Tile(128, 128, 64, 8, 4, descriptors=True),  # measured at DSMoE-L-E16, B-E48 and 3B, with pointers
     (80, "few"): Tile(32, 64, 64, 4, 3),
     (80, "some"): Tile(64, 64, 64, 4, 3),
     (80, "many"): Tile(128, 64, 64, 8, 3),
 }
+# From sm_90 on in training, 16-bit.
+_SHALLOW = Tile(128, 128, 32, 4, 4)  # measured at DSMoE-S-E48 and B-E48: two blocks, one stores while one multiplies
+_PAIRED_FEW_COLUMNS = Tile(128, 64, 64, 4, 3, descriptors=True)  # measured at DSMoE-S-E48; two blocks
+_PAIRED_TALL = Tile(256, 64, 64, 8, 4, descriptors=True)  # measured at DSMoE-L-E48, whose width is 7 x 64
+_TALL = Tile(256, 128, 64, 8, 3, descriptors=True)
 _WEIGHT_GRAD = {90: Tile(128, 256, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)}
 _UNALIGNED = Tile(64, 64, 32, 4, 2)  # rows that begin at odd addresses are read number by number
 # Float32 as IEEE has it runs without tensor cores: small tiles, whose sums fit in registers, those of a pair too.
@@ -50,18 +57,42 @@ _FLOAT32 = {
 
 
 def pick_tile(
-    num_rows: int, num_groups: int, num_columns: int, depth: int, dtype: torch.dtype, *, paired: bool = False
+    kernel: str,
+    num_rows: int,
+    num_groups: int,
+    num_columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    *,
+    paired: bool = False,
 ) -> Tile:
-    """The tile of a product of `num_rows` rows in `num_groups` groups, `depth` deep, with `num_columns` columns."""
+    """The tile of a product of `num_rows` rows in `num_groups` groups, `depth` deep, with `num_columns` columns.
+
+    Args:
+        kernel: "up", "rows" or "down_backward".
+        paired: two products that share their rows, each of `num_columns` columns.
+    """
+    heavy = _is_heavy(kernel, paired)
     average = num_rows / max(num_groups, 1)
     kind = "few" if average <= FEW else "some" if average <= SOME else "many"
     if _without_tensor_cores(dtype):
-        return _FLOAT32["paired" if paired else kind]
+        return _FLOAT32["paired" if heavy else kind]
     if not _is_aligned(num_columns, depth, dtype):
         return _UNALIGNED
-    tile = (_PAIRED if paired else _PLAIN)[min(chip_generation(), 90), kind]
-    if dtype == torch.float32 and tile.n == (128 if paired else 256):
-        tile = replace(tile, n=tile.n // 2, stages=4)  # what an epilogue holds is twice as wide, too
+    generation = min(chip_generation(), 90)
+    tile = (_PAIRED if heavy else _PLAIN)[generation, kind]
+    if dtype == torch.float32:
+        if tile.n == (128 if heavy else 256):
+            tile = replace(tile, n=tile.n // 2, stages=4)  # what an epilogue holds is twice as wide, too
+    elif (generation, kind) == (90, "many"):
+        if heavy and num_columns <= 128:
+            tile = _PAIRED_FEW_COLUMNS
+        elif paired and average >= TALL and _half_is_better(tile.n, num_columns):
+            tile = _PAIRED_TALL
+        elif not heavy and depth <= 256:
+            tile = _SHALLOW
+        elif not heavy and average >= TALL and _half_is_better(tile.n, num_columns):
+            tile = _TALL
     return _fitted(tile, num_columns, dtype)
 
 
@@ -71,7 +102,12 @@ def pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype) -> Tile:
         return _FLOAT32["weight_grad"]
     if not _is_aligned(size_m, size_n, dtype):
         return _UNALIGNED
-    return _fitted(_WEIGHT_GRAD[min(chip_generation(), 90)], size_n, dtype)
+    tile = _WEIGHT_GRAD[min(chip_generation(), 90)]
+    upright = _fitted(tile, size_n, dtype)
+    if dtype == torch.float32 or tile.m == tile.n:
+        return upright
+    turned = _fitted(replace(tile, m=tile.n, n=tile.m), size_n, dtype)
+    return min(upright, turned, key=lambda one: _padded(size_m, one.m) * _padded(size_n, one.n))
 
 
 def best_product_tile(
@@ -84,9 +120,9 @@ def best_product_tile(
 ) -> Tile:
     """`pick_tile`'s of these (rows, groups, columns, depth), or what an opt-in search found; see `autotune`."""
     num_rows, num_groups, num_columns, depth = sizes
-    default = pick_tile(*sizes, dtype, paired=paired)
+    default = pick_tile(kernel, *sizes, dtype, paired=paired)
     shape_class = (next_power_of_2(num_rows // num_groups), *sizes[1:], dtype, input_precision(dtype), *options)
-    return best_tile(kernel, shape_class, default, candidates(dtype, paired=paired), launch)
+    return best_tile(kernel, shape_class, default, candidates(dtype, paired=_is_heavy(kernel, paired)), launch)
 
 
 def best_weight_grad_tile(
@@ -99,6 +135,11 @@ def best_weight_grad_tile(
     return best_tile("weight_grad", shape_class, default, candidates(dtype, weight_grad=True), launch)
 
 
+def _is_heavy(kernel: str, paired: bool) -> bool:
+    """Whether its epilogue holds two numbers of each result at once."""
+    return paired or kernel == "down_backward"
+
+
 def _without_tensor_cores(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and input_precision(dtype) == "ieee"
 
@@ -106,6 +147,15 @@ def _without_tensor_cores(dtype: torch.dtype) -> bool:
 def _is_aligned(size: int, other: int, dtype: torch.dtype) -> bool:
     """Whether rows of so many numbers begin at multiples of 16 bytes."""
     return size * dtype.itemsize % 16 == other * dtype.itemsize % 16 == 0
+
+
+def _padded(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+def _half_is_better(n: int, num_columns: int) -> bool:
+    """Whether half as many columns a tile would save more than a sixteenth of the products."""
+    return 16 * _padded(num_columns, n // 2) < 15 * _padded(num_columns, n)
 
 
 def _fitted(tile: Tile, num_columns: int, dtype: torch.dtype) -> Tile:
@@ -128,7 +178,9 @@ def candidates(dtype: torch.dtype, *, paired: bool = False, weight_grad: bool = 
     is_new = chip_generation() >= 90
     limit = (227 if is_new else 99) * 1024
     accumulators = 2 if paired else 1
-    heights, depths = ((64, 128), (64,)) if is_new else ((32, 64, 128), (32, 64))
+    heights, depths = ((64, 128, 256), (64,)) if is_new else ((32, 64, 128), (32, 64))
+    if is_new and dtype != torch.float32 and not paired and not weight_grad:
+        yield _SHALLOW
     for m, n, k, warps in product(heights, (64, 128, 256), depths, (4, 8)):
         if accumulators * m * n > 128 * 32 * warps:
             continue
