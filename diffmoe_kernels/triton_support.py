@@ -46,10 +46,14 @@ class Tile:
     descriptors: bool = False
 
     @property
+    def blocks(self) -> dict[str, int]:
+        """The sizes, as the kernels call them."""
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP_M": self.group_m}
+
+    @property
     def options(self) -> dict[str, int]:
         """What a launch takes of it, but for the descriptors."""
-        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP_M": self.group_m}
-        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
 def chip_generation() -> int:

@@ -17,9 +17,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -99,6 +100,17 @@ class StubDriver:
 
 
 @contextmanager
+def on_multiprocessors(count: int) -> Iterator[None]:
+    """Within it the package finds so many on the chip."""
+    modules = [one for name, one in sys.modules.items() if name.startswith("diffmoe_kernels.")]
+    with ExitStack() as patches:
+        for module in modules:
+            if hasattr(module, "multiprocessors"):
+                patches.enter_context(mock.patch.object(module, "multiprocessors", lambda device: count))
+        yield
+
+
+@contextmanager
 def recorded_launches(capability: int) -> Iterator[list]:
     """Within it, launches compile and do not run; the list gets (function's name, compiled kernel, ptxas's log)."""
     launches: list = []
@@ -114,7 +126,7 @@ def recorded_launches(capability: int) -> Iterator[list]:
     driver.set_active(StubDriver(capability))
     JITFunction.run = compile_only
     try:
-        with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+        with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), on_multiprocessors(132):
             triton.knobs.nvidia.dump_ptxas_log = True
             triton.knobs.compilation.always_compile = True  # whatever is on disk
             yield launches

@@ -120,6 +120,36 @@ def test_weight_grad(dtype, tile):
     assert_close(grad, torch.stack([one.T @ other for one, other in zip(*groups, strict=True)]).float(), tolerance=1e-5)
 
 
+@pytest.mark.parametrize("num_shares", [1, 2, 5, 64])
+@pytest.mark.parametrize("sizes", [SIZES, (0, 3, 150, 2), (0, 0)], ids=str)
+def test_weight_grad_by_programs_that_share(sizes, num_shares):
+    """Evenly, whatever the groups are: more programs than steps, a tile of many, programs of many tiles, no rows."""
+    ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(DEVICE)
+    num_rows = sum(sizes) + 3
+    tokens = torch.randint(TOKENS, (num_rows,), dtype=torch.int32).to(DEVICE)
+    a, b = randn(TOKENS, INNER, dtype=torch.bfloat16), randn(num_rows, HIDDEN, dtype=torch.bfloat16)
+    b[sum(sizes) :] = torch.nan
+    how = {"token_indices": tokens, "gather": "a", "dtype": torch.float32, "tile": TILES[2]}
+    with poisoned_allocations():
+        grad, again = (weight_grad(a, b, ends, **how, num_shares=num_shares) for _ in range(2))
+    groups = [one.double()[: sum(sizes)].split(sizes) for one in (a[tokens.long()], b)]
+    expected = torch.stack([one.T @ other for one, other in zip(*groups, strict=True)])
+    assert_close(grad, expected.float(), tolerance=1e-5)
+    assert torch.equal(grad, again)
+
+
+def test_where_programs_share(monkeypatch):
+    """On 132 multiprocessors: where the last tiles would keep few of them busy, and tiles are long enough."""
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
+
+    def shares(num_tiles, rows_a_group, warps=8, generation=90):
+        monkeypatch.setattr(tiles, "chip_generation", lambda: generation)
+        return tiles.weight_grad_shares(num_tiles, rows_a_group, Tile(128, 256, 64, warps, 3), torch.empty(0))
+
+    assert shares(144, 8192) == 132 and shares(144, 8192, generation=100) == 132 and shares(144, 8192, warps=4) == 264
+    assert shares(144, 511) == 0 and shares(528, 8192) == 0 and shares(144, 8192, generation=80) == 0
+
+
 @each_dtype
 @pytest.mark.parametrize("gathers", [True, False])
 def test_sum_rows(dtype, gathers):
@@ -228,7 +258,7 @@ def test_measured_tiles(monkeypatch, kernel, name):
 def test_tiles_of_training_multiply_few_zeros(monkeypatch, generation):
     """Few of them, but where a wider tile that is partly empty reads its rows less often."""
     monkeypatch.setattr(tiles, "chip_generation", lambda: generation)
-    for name, (num_tokens, hidden, inner, num_experts, top_k) in TRAINED.items():
+    for name, (_, hidden, inner, _, _) in TRAINED.items():
         for kernel, columns in (("up", inner), ("rows", hidden), ("down_backward", inner)):
             tile = of_training(kernel, name)
             if (kernel, name) != ("down_backward", "DSMoE-L-E48"):

@@ -14,11 +14,14 @@ from dataclasses import replace
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from diffmoe_kernels.autotune import best_tile
-from diffmoe_kernels.triton_support import Tile, chip_generation, input_precision, next_power_of_2
+from diffmoe_kernels.triton_support import Tile, chip_generation, input_precision, multiprocessors, next_power_of_2
 
 FEW, SOME = 32, 128  # rows of an average group, up to which a tile of 32 or 64 rows wastes less than one of 128
+FEW_TILES = 4  # of a program: with as many the last ones cost at most a quarter
+MANY_STEPS = 8  # of a tile, below which adding parts costs more than it saves
 TALL = 1024  # from which a tile of 256 rows wastes at most an eighth
 
 # (least compute capability, kind of rows) -> tile, for 16-bit numbers, half as deep for TF32; of a plain product.
@@ -108,6 +111,14 @@ def pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype) -> Tile:
         return upright
     turned = _fitted(replace(tile, m=tile.n, n=tile.m), size_n, dtype)
     return min(upright, turned, key=lambda one: _padded(size_m, one.m) * _padded(size_n, one.n))
+
+
+def weight_grad_shares(num_tiles: int, rows_a_group: int, tile: Tile, like: Tensor) -> int:
+    """How many programs of `like`'s device share the steps of all tiles evenly; 0 where a program a tile is as good."""
+    if chip_generation() < 90 or rows_a_group < MANY_STEPS * tile.k:
+        return 0
+    programs = multiprocessors(like.device) * max(8 // tile.warps, 1)  # at once: one of 8 warps, or two of 4
+    return programs if num_tiles < FEW_TILES * programs else 0
 
 
 def best_product_tile(

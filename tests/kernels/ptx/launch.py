@@ -5,7 +5,6 @@ Must run without TRITON_INTERPRET.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from unittest import mock
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.ahead_of_time import StubDriver
+from tests.kernels.ahead_of_time import StubDriver, on_multiprocessors
 from tests.kernels.ptx.copies import TensorMap
 from tests.kernels.ptx.machine import Machine
 from tests.kernels.ptx.memory import GlobalMemory
@@ -66,9 +65,7 @@ def emulated(
 
     with ExitStack() as patches:
         if multiprocessors is not None:
-            for module in [one for name, one in sys.modules.items() if name.startswith("diffmoe_kernels.")]:
-                if hasattr(module, "multiprocessors"):
-                    patches.enter_context(mock.patch.object(module, "multiprocessors", lambda device: multiprocessors))
+            patches.enter_context(on_multiprocessors(multiprocessors))
         patches.enter_context(mock.patch.object(JITFunction, "run", run))
         patches.callback(driver.set_active, active)
         driver.set_active(StubDriver(capability))
