@@ -35,12 +35,12 @@ from models.training.trainer import NonFiniteError
 # What an option is where it is not given: of the digits, and of anything larger.
 DIGITS: dict[str, Any] = {
     "models": ["DiT-digits", "DSMoE-digits", "DiffMoE-digits", "JiT-digits", "JiTMoE-digits"],
-    **{"seeds": 3, "steps": 1200, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.995},
+    **{"steps": 1200, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.995},
     **{"checkpoint_every": 500, "num_samples": 500, "sample_method": "euler", "sample_steps": 50},
 }
 LARGE: dict[str, Any] = {
     "models": ["DiT-L/2", "DSMoE-L-E16", "DSMoE-L-E48", "DiffMoE-L-E16"],
-    **{"seeds": 1, "steps": 700_000, "batch_size": 256, "learning_rate": 1e-4, "ema_decay": 0.9999},
+    **{"steps": 700_000, "batch_size": 256, "learning_rate": 1e-4, "ema_decay": 0.9999},
     **{"checkpoint_every": 10_000, "num_samples": 50_000},
 }
 NOT_OF_RESULTS = ("output", "overwrite", "jobs", "workers", "device", "checkpoint_every")
@@ -66,7 +66,7 @@ class ParityConfig:
     output: str = option("runs/fid_parity", "directory for the runs, the pictures, the table and the JSON file")
     data: str = option("digits", "digits, a folder of latents that models.encode wrote, or an image folder for JiT")
     models: list[str] | None = _by_data("models", "models, mixtures and their dense counterparts", items=str)
-    seeds: int | None = _by_data("seeds", "runs of each model, seeded 0, 1, ...; one has no spread, and no verdict")
+    seeds: int = option(3, "runs of each model, seeded 0, 1, ...; one has no spread, and no verdict")
     steps: int | None = _by_data("steps", "optimizer steps of every run")
     batch_size: int | None = _by_data("batch_size", "images per step", alias="batch")
     learning_rate: float | None = _by_data("learning_rate", "of all models")

@@ -99,6 +99,7 @@ def test_defaults_are_those_of_the_data():
     assert len(digits.models) == 5 and digits.cfg_scale == 1.0
     assert latents.models == ["DiT-L/2", "DSMoE-L-E16", "DSMoE-L-E48", "DiffMoE-L-E16"]
     assert (latents.steps, latents.batch_size, latents.num_samples, latents.cfg_scale) == (5, 256, 50_000, 1.0)
+    assert latents.seeds == 3
     assert digits.command() == "python -m benchmarks.fid_parity"
     assert latents.command() == "python -m benchmarks.fid_parity --data latents --steps 5"
 
@@ -349,7 +350,7 @@ def test_latents_are_scored_by_fid(latents, tmp_path, monkeypatch):
         torch.manual_seed(0)
         drawn = data.draw(collect(data.train)[0])
     assert score["floor"] == pytest.approx(to_images(drawn, data.autoencoder).double().mean().item())
-    assert record["comparisons"]["DSMoE-digits"]["verdict"] == "level"
+    assert record["comparisons"]["DSMoE-digits"]["seeds"] == 2
     report = (tmp_path / "parity.md").read_text()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()[:4]]
     assert cells[0][-6:] == ["FID of 6 samples", "floor", "KID", "KID floor", "Inception Score", "published"]

@@ -175,7 +175,7 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return run_tool("nvdisasm", "-c", file.name)
+        return run_tool("nvdisasm", "-c", "-ndf", file.name)
 
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w+)(\S*)(.*);")

@@ -27,11 +27,16 @@ MATRIX_PRODUCTS = (
     "_experts_down_bwd_kernel",
     "_grouped_gemm_fwd_kernel",
     "_grouped_gemm_weight_grad_kernel",
+    "_grouped_gemm_weight_grad_shared_kernel",
 )
+WEIGHT_GRADS = MATRIX_PRODUCTS[-2:]
 ATTENTION = ("_rope_attention_fwd_kernel", "_rope_attention_bwd_q_kernel", "_rope_attention_bwd_kv_kernel")
 BETWEEN_PRODUCTS = ("_experts_activation_fwd_kernel", "_experts_activation_bwd_kernel", "_grouped_gemm_sum_rows_kernel")
 ADALN = ("_adaln_fwd_kernel", "_adaln_bwd_kernel")
-MOVEMENT = (*ADALN, *BETWEEN_PRODUCTS, "_permute_fwd_kernel", "_unpermute_fwd_kernel", "_unpermute_bwd_kernel")
+MOVEMENT = (
+    *(*ADALN, *BETWEEN_PRODUCTS, "_grouped_gemm_weight_grad_parts_kernel"),
+    *("_permute_fwd_kernel", "_unpermute_fwd_kernel", "_unpermute_bwd_kernel"),
+)
 SELECTION = (
     "_router_topk_choose_kernel",
     "_router_topk_scan_kernel",
@@ -146,7 +151,7 @@ def test_operands_are_read_16_bytes_at_a_time(compiled, capability):
     for row in rows:
         if "narrow" in row["case"] and row["kernel"] in ATTENTION:
             continue  # heads of 16 channels: too few numbers in a block
-        if capability >= 90 and "TF32" in row["case"] and row["kernel"] == "_grouped_gemm_weight_grad_kernel":
+        if capability >= 90 and "TF32" in row["case"] and row["kernel"] in WEIGHT_GRADS:
             continue  # such a product wants both factors with the rows side by side: they are turned on their way
         assert row["widest_load"] == 128 or row["bulk_copies"], row
 
@@ -157,7 +162,7 @@ def test_products_fetch_ahead(compiled, capability):
     products = [row for row in compiled[capability] if row["kernel"] in MATRIX_PRODUCTS and not is_ieee_float32(row)]
     for row in products:
         is_plain = row["kernel"] == "_grouped_gemm_fwd_kernel"
-        by_pointers = row["kernel"] == "_grouped_gemm_weight_grad_kernel" or "TF32" in row["case"]
+        by_pointers = row["kernel"] in WEIGHT_GRADS or "TF32" in row["case"]
         if is_plain and any(name in row["case"] for name in ("DSMoE-S-E48", "wide", "odd")):
             by_pointers = True  # a depth of at most 256
         assert bool(row["bulk_copies"]) == (capability >= 90 and not by_pointers), row
@@ -177,6 +182,11 @@ def test_no_number_of_rows_needs_a_kernel_of_its_own(compiled):
 REGISTERS, SHARED, RESERVED = 65536, 227 * 1024, 1024  # of a multiprocessor of sm_90, and what a block takes unasked
 
 
+def blocks_at_once(row: dict) -> int:
+    registers = -(-row["registers"] // 8) * 8 * 32 * row["warps"]
+    return min(REGISTERS // registers, SHARED // (row["shared"] + RESERVED))
+
+
 def test_two_blocks_of_attention_fit_on_a_multiprocessor(compiled):
     """What hides the loads and exponentials of one behind the products of the other, at up to 72 channels a head."""
     shapes = ("DSMoE-S", "DSMoE-L", "DSMoE-3B", "JiT-L", "512 px", "layer norm, grouped heads", "narrow")
@@ -186,8 +196,17 @@ def test_two_blocks_of_attention_fit_on_a_multiprocessor(compiled):
     rows = [row for row in compiled[90] if row["case"] in cases]
     assert len(rows) == len(cases)
     for row in rows:
-        registers = -(-row["registers"] // 8) * 8 * 32 * row["warps"]
-        assert min(REGISTERS // registers, SHARED // (row["shared"] + RESERVED)) >= 2, row
+        assert blocks_at_once(row) >= 2, row
+
+
+def test_two_blocks_of_products_that_are_mostly_epilogue_fit_on_a_multiprocessor(compiled):
+    """Those of DSMoE-S-E48, 128 or 256 deep or with 128 columns, so that one stores while one multiplies."""
+    kernels = ("_experts_up_fwd_kernel", "_experts_down_bwd_kernel", "_grouped_gemm_fwd_kernel")
+    cases = {f"experts DSMoE-S-E48 {kernel}" for kernel in (*kernels, f"{kernels[-1]} 2")}
+    rows = [row for row in compiled[90] if row["case"] in cases]
+    assert len(rows) == len(cases)
+    for row in rows:
+        assert blocks_at_once(row) >= 2, row
 
 
 # name -> microseconds that an H200 needs at least to issue attention's instructions at 1.7 GHz: forward, with its

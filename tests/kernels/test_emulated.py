@@ -27,7 +27,10 @@ ATTENTION = (
     *("attention", "attention, float16, part of a block", "attention with prefix and norm", "attention of 72 channels"),
     *("attention of many tokens", "attention of grouped heads", "attention of 128 channels"),
 )
-EXPERTS = ("experts", "experts with biases", "experts with biases, few rows", "experts, unaligned", "experts in TF32")
+EXPERTS = (
+    *("experts", "experts of few columns", "experts with biases", "experts with many rows"),
+    *("experts with biases, few rows", "experts, unaligned", "experts in TF32"),
+)
 
 
 def is_known(fault: str) -> bool:
@@ -44,6 +47,9 @@ def is_known(fault: str) -> bool:
 def test_right_and_without_a_race(capability, names):
     rows = report(CASES, capability, *names)
     assert set(rows) == set(names)
+    if "experts with many rows" in names:
+        launched = {launch["kernel"] for launch in rows["experts with many rows"]["launches"]}
+        assert "_grouped_gemm_weight_grad_parts_kernel" in launched
     for name, row in rows.items():
         assert len(row["launches"]) >= 3 and len(row["errors"]) >= 2
         for launch in row["launches"]:
