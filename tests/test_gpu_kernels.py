@@ -17,9 +17,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TRITON, reason="needs 
 # T, D, I, E, K, activation; the tokens fewer than in training, so that float64 is quick
 SHAPES = {
     "DSMoE-L-E16": (4096, 1024, 2048, 16, 2, "swiglu"),
-    "DSMoE-L-E48": (4096, 1024, 448, 48, 5, "swiglu"),
-    "DSMoE-S-E48": (8192, 384, 128, 48, 5, "swiglu"),
-    "DSMoE-3B-E16": (2048, 1152, 2880, 16, 2, "swiglu"),
+    "DSMoE-L-E48": (12288, 1024, 448, 48, 5, "swiglu"),
+    "DSMoE-S-E16": (12288, 384, 768, 16, 2, "swiglu"),
+    "DSMoE-S-E48": (12288, 384, 128, 48, 5, "swiglu"),
+    "DSMoE-3B-E16": (9216, 1152, 2880, 16, 2, "swiglu"),
     "DiffMoE-L-E8": (4096, 1024, 4096, 8, 1, "gelu_tanh"),
     "sampling": (512, 1024, 448, 48, 5, "swiglu"),
     "odd": (1001, 72, 40, 5, 2, "silu"),
@@ -110,11 +111,25 @@ def test_tf32_is_as_accurate_as_pytorch(name, tf32) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("name", ["DSMoE-L-E48", "DiffMoE-L-E8"])
+@pytest.mark.parametrize("name", ["DSMoE-L-E48", "DSMoE-S-E48", "DiffMoE-L-E8"])
 def test_two_runs_have_the_same_bits(name, backend) -> None:
     routing, inputs = inputs_of(SHAPES[name])
     one, other = (run(routing, inputs, torch.bfloat16, SHAPES[name][-1], backend) for _ in range(2))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("sizes", [(0, 30000, 1, 2700), (0, 0, 0, 0), (8192, 8192, 8192, 8192)], ids=str)
+def test_weight_gradients_of_few_tiles(sizes) -> None:
+    """Programs share their steps evenly, whatever the groups are; the same bits every run."""
+    weight_grad = pytest.importorskip("diffmoe_kernels.ops.grouped_gemm._triton_weight_grad").weight_grad
+    offs = torch.tensor(sizes, device="cuda").cumsum(0, dtype=torch.int32)
+    a, b = (torch.randn(32768, size, device="cuda", dtype=torch.bfloat16) for size in (384, 768))
+    a[sum(sizes) :] = torch.nan
+    grad, again = (weight_grad(a, b, offs, dtype=torch.float32) for _ in range(2))
+    pairs = (one.double()[: sum(sizes)].split(sizes) for one in (a, b))
+    exact = torch.stack([left.T @ right for left, right in zip(*pairs, strict=True)])
+    assert torch.equal(grad, again)
+    assert torch.equal(grad == 0, exact == 0) and (grad - exact).norm() <= 1e-5 * exact.norm()
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
