@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +75,10 @@ def is_ieee_float32(row: dict) -> bool:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_nothing_spills_and_everything_fits(compiled, capability):
     kernels = {row["kernel"] for row in compiled[capability]}
-    assert {*MATRIX_PRODUCTS, *ATTENTION, *MOVEMENT, *SELECTION} <= kernels
+    expected = {*MATRIX_PRODUCTS, *ATTENTION, *MOVEMENT, *SELECTION}
+    if capability < 90:  # there a program takes a tile
+        expected = {name for name in expected if not re.search("weight_grad_(shared|parts)", name)}
+    assert expected <= kernels
     for row in compiled[capability]:
         assert row["local_memory"] <= SPILLED, row
         assert row["shared"] <= SHARED_LIMIT[capability], row
@@ -174,9 +178,9 @@ def test_no_number_of_rows_needs_a_kernel_of_its_own(compiled):
     """How many rows there are varies from step to step; a compile in the middle of a run takes seconds."""
     rows = [row for row in compiled[90] if row["case"].startswith("transposed, ")]
     kernels = [
-        {row["kernel"]: row["compiled_as"] for row in rows if f" {num} rows" in row["case"]} for num in (1000, 4096)
+        {row["kernel"]: row["compiled_as"] for row in rows if f" {num} rows" in row["case"]} for num in (3000, 4096)
     ]
-    assert len(kernels[0]) == 2 and kernels[0] == kernels[1]
+    assert len(kernels[0]) == 3 and kernels[0] == kernels[1]
 
 
 REGISTERS, SHARED, RESERVED = 65536, 227 * 1024, 1024  # of a multiprocessor of sm_90, and what a block takes unasked

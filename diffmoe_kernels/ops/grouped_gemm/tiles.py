@@ -92,7 +92,7 @@ def pick_tile(
             tile = _PAIRED_FEW_COLUMNS
         elif paired and average >= TALL and _half_is_better(tile.n, num_columns):
             tile = _PAIRED_TALL
-        elif not heavy and depth <= 256:
+        elif kernel == "rows" and depth <= 256:
             tile = _SHALLOW
         elif not heavy and average >= TALL and _half_is_better(tile.n, num_columns):
             tile = _TALL
