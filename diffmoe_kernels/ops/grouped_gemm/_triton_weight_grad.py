@@ -19,7 +19,7 @@ from torch import Tensor
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_weight_grad_tile, weight_grad_shares
 from diffmoe_kernels.triton_support import Tile, input_precision, next_power_of_2
 
-PART_ROWS = 32  # of a tile, whose parts a program adds
+PART_ROWS = 16  # of a tile, whose parts a program adds
 
 
 class Operands(NamedTuple):

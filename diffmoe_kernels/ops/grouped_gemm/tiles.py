@@ -115,7 +115,7 @@ def pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype) -> Tile:
 
 def weight_grad_shares(num_tiles: int, rows_a_group: int, tile: Tile, like: Tensor) -> int:
     """How many programs of `like`'s device share the steps of all tiles evenly; 0 where a program a tile is as good."""
-    if chip_generation() < 90 or rows_a_group < MANY_STEPS * tile.k:
+    if chip_generation() != 90 or rows_a_group < MANY_STEPS * tile.k:  # for sm_100 Triton 3.7 spills what it keeps
         return 0
     programs = multiprocessors(like.device) * max(8 // tile.warps, 1)  # at once: one of 8 warps, or two of 4
     return programs if num_tiles < FEW_TILES * programs else 0
