@@ -28,7 +28,7 @@ def tiny_diffmoe(backend):
 
 
 def tiny_jitmoe(backend):
-    return create_model("JiTMoE-digits", **TINY, moe_intermediate_size=8, backend=backend)
+    return create_model("JiTMoE-digits", **TINY, context_start=1, moe_intermediate_size=8, backend=backend)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_the_kernels_end_where_the_reference_does(make_model):
     [
         ("DSMoE-digits", {"moe_intermediate_size": 16}),
         ("DiffMoE-digits", {}),
-        ("JiTMoE-digits", {"moe_intermediate_size": 16}),
+        ("JiTMoE-digits", {"moe_intermediate_size": 16, "context_start": 1}),
     ],
 )
 def test_200_steps_on_the_kernels_end_where_the_reference_does(name, options):

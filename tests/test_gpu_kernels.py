@@ -120,7 +120,7 @@ def test_two_runs_have_the_same_bits(name, backend) -> None:
 
 @pytest.mark.parametrize("sizes", [(0, 30000, 1, 2700), (0, 0, 0, 0), (8192, 8192, 8192, 8192)], ids=str)
 def test_weight_gradients_of_few_tiles(sizes) -> None:
-    """Programs share their steps evenly, whatever the groups are; the same bits every run."""
+    """Programs share their steps evenly, whatever the groups are; the same bits every run, in a CUDA graph too."""
     weight_grad = pytest.importorskip("diffmoe_kernels.ops.grouped_gemm._triton_weight_grad").weight_grad
     offs = torch.tensor(sizes, device="cuda").cumsum(0, dtype=torch.int32)
     a, b = (torch.randn(32768, size, device="cuda", dtype=torch.bfloat16) for size in (384, 768))
@@ -128,7 +128,11 @@ def test_weight_gradients_of_few_tiles(sizes) -> None:
     grad, again = (weight_grad(a, b, offs, dtype=torch.float32) for _ in range(2))
     pairs = (one.double()[: sum(sizes)].split(sizes) for one in (a, b))
     exact = torch.stack([left.T @ right for left, right in zip(*pairs, strict=True)])
-    assert torch.equal(grad, again)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = weight_grad(a, b, offs, dtype=torch.float32)
+    graph.replay()
+    assert torch.equal(grad, again) and torch.equal(grad, captured)
     assert torch.equal(grad == 0, exact == 0) and (grad - exact).norm() <= 1e-5 * exact.norm()
 
 

@@ -28,8 +28,8 @@ KID: kernel distance of the same features, mean of the seeds; 0 is best. s.d.: b
 mean of, which overlap: no standard error.
 nearer to training images: share of samples nearer to one than the median held-out image is; 50% is fresh."""
 NOTES_OF_FID = """FID by DiT's protocol, lower is better. The .npz of every run is what the ADM evaluator reads.
-floor: of as many training images, latents decoded: what a perfect model of them reaches. KID: of the same features,
-over 100 subsets of 1,000, mean of the seeds; a reference of statistics alone has none.
+floor: of as many training images, unmirrored, latents decoded: what a model of them can aim at. KID: of the same
+features, over 100 subsets of 1,000, mean of the seeds; a reference of statistics alone has none.
 published: FID-50K of 256x256 ImageNet as the DSMoE and JiTMoE authors report it (github.com/yhlleo/EfficientMoE), the
 latent models at guidance 1 after 700,000 steps, DiffMoE as they reproduced it. JiT and JiTMoE are guided within an
 interval after 200 epochs and measured against other statistics: do not compare those with what is measured here."""

@@ -145,9 +145,9 @@ class FidScorer:
 
 
 def real_images(data: DataSplits, count: int, device: torch.device) -> Iterator[Tensor]:
-    """Training images from front to back at even distances, so of all classes, uint8 (n, H, W, 3) on the CPU.
+    """Training images from front to back at even distances, uint8 (n, H, W, 3) on the CPU.
 
-    Latents are drawn, from a seed, and decoded: what a perfect model of them would give.
+    Latents are drawn, from a seed, and decoded. Mirror images are among them only if `data` draws those.
     """
     for places in (torch.arange(count) * len(data.train) // count).split(BATCH_SIZE):
         items, _ = default_collate([data.train[place] for place in places.tolist()])

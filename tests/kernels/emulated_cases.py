@@ -66,9 +66,16 @@ def attention(
 
 
 def experts(
-    num_tokens: int, hidden: int, inner: int, sizes: tuple[int, ...], activation: str, bias: bool, dtype: torch.dtype
+    num_tokens: int,
+    hidden: int,
+    inner: int,
+    sizes: tuple[int, ...],
+    activation: str,
+    bias: bool,
+    dtype: torch.dtype,
+    num_shares: int | None = None,
 ) -> dict[str, float]:
-    """Each kernel against what it should make of what those before it made."""
+    """Each kernel against what it should make of what those before it made. num_shares: as `weight_grad` takes it."""
     torch.manual_seed(0)
     num_rows, num_groups = sum(sizes), len(sizes)
     width = 2 * inner if activation == "swiglu" else inner
@@ -84,11 +91,12 @@ def experts(
     grad_pre, weighted, grad_gates = down_backward(grad, tokens, gates, offsets, down, down_bias, pre, activation)
     grad_x_rows = multiply_rows(grad_pre, up, offsets)
     gathers = {"token_indices": tokens, "dtype": FLOAT32}
+    shares = {**gathers, "num_shares": num_shares}
     found = {
         **{"pre": pre, "hidden": hidden_rows, "rows": rows, "grad_pre": grad_pre, "weighted": weighted},
         **{"gates": grad_gates, "grad_rows": grad_x_rows},
-        "up": weight_grad(grad_pre, x, offsets, gather="b", **gathers),
-        "down": weight_grad(grad, weighted, offsets, gather="a", **gathers),
+        "up": weight_grad(grad_pre, x, offsets, gather="b", **shares),
+        "down": weight_grad(grad, weighted, offsets, gather="a", **shares),
         "down_bias": sum_rows(grad, offsets, gates=gates, **gathers),
     }
 
@@ -148,7 +156,7 @@ CASES = {
     "attention of 128 channels": partial(attention, 140, 1, 1, 128, 0, "1d", "rmsnorm", BFLOAT16),
     # T, D, I, rows of the groups, activation, biases
     "experts": partial(experts, 300, 320, 192, MANY, "swiglu", False, BFLOAT16),
-    "experts of few columns": partial(experts, 300, 136, 128, MANY, "swiglu", False, BFLOAT16),
+    "experts of few columns": partial(experts, 300, 136, 128, MANY, "swiglu", False, BFLOAT16, 11),
     "experts with biases": partial(experts, 300, 320, 256, MANY, "gelu_tanh", True, BFLOAT16),
     "experts with many rows": partial(experts, 300, 320, 192, (1030,), "swiglu", True, BFLOAT16),
     "experts with biases, few rows": partial(experts, 50, 264, 72, FEW, "silu", True, FLOAT16),

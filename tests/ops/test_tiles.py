@@ -139,15 +139,16 @@ def test_weight_grad_by_programs_that_share(sizes, num_shares):
 
 
 def test_where_programs_share(monkeypatch):
-    """On 132 multiprocessors: where the last tiles would keep few of them busy, and tiles are long enough."""
+    """On 132 multiprocessors: where the last tiles would keep few of them busy, long enough to pay for the parts."""
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
 
-    def shares(num_tiles, rows_a_group, warps=8, generation=90):
+    def shares(num_tiles, rows_a_group, warps=8, generation=90, columns=256):
         monkeypatch.setattr(tiles, "chip_generation", lambda: generation)
-        return tiles.weight_grad_shares(num_tiles, rows_a_group, Tile(128, 256, 64, warps, 3), torch.empty(0))
+        return tiles.weight_grad_shares(num_tiles, rows_a_group, Tile(128, columns, 64, warps, 3), torch.empty(0))
 
     assert shares(144, 8192) == 132 and shares(144, 8192, warps=4) == 264
-    assert shares(144, 511) == 0 and shares(528, 8192) == 0
+    assert shares(144, 640) == 0 and shares(144, 6400) == 132 and shares(8, 640) == 0 and shares(8, 6400) == 132
+    assert shares(528, 8192) == 0 and shares(2048, 2048) == 0 and shares(144, 8192, columns=64) == 0
     assert shares(144, 8192, generation=80) == 0 and shares(144, 8192, generation=100) == 0
 
 
@@ -228,8 +229,9 @@ TRAINED = {
     "DSMoE-L-E48": (16384, 1024, 448, 48, 5),
     "DSMoE-3B-E16": (16384, 1152, 2880, 16, 2),
 }
-# Columns, rows and depth, warps and stages that did best on an H200, where all that was told was told.
+# Rows, columns, depth, warps and stages that did best on an H200; of the first one the depth and stages are not known.
 MEASURED = {
+    ("up", "DSMoE-S-E48"): (128, 64, 64, 4, 3),
     ("up", "DSMoE-L-E16"): (128, 128, 64, 8, 4),
     ("up", "DSMoE-3B-E16"): (128, 128, 64, 8, 4),
     ("up", "DSMoE-B-E48"): (128, 128, 64, 8, 4),

@@ -1,9 +1,10 @@
 """The weight gradient of grouped products in Triton: each group's sum of outer products, with gathers in its loads.
 
 E groups, R rows divided among them by `group_offsets` (E,), which only the device knows; M and N the matrices' sizes.
-A program sums all rows of a group for a tile of its matrix. Where tiles are too few to keep the device busy to the end,
-P programs share the steps of all tiles evenly instead, each a run of them. Of a tile that is not all its own a program
-keeps the sum of its part; a second kernel adds the parts in order, so that the bits are the same every run.
+A program sums all rows of a group for a tile of its matrix. Where tiles are too few to keep the device busy to the end
+(`tiles.weight_grad_shares`), P programs share the steps of all tiles evenly instead, each a run of them. Of a tile that
+is not all its own a program keeps the sum of its part; a second kernel adds the parts in order, so that the bits are
+the same every run.
 TRITON_DEBUG=1 makes the kernels check on the device that the offsets ascend and stay within the rows.
 """
 

@@ -20,9 +20,8 @@ from diffmoe_kernels.autotune import best_tile
 from diffmoe_kernels.triton_support import Tile, chip_generation, input_precision, multiprocessors, next_power_of_2
 
 FEW, SOME = 32, 128  # rows of an average group, up to which a tile of 32 or 64 rows wastes less than one of 128
-FEW_TILES = 4  # of a program: with as many the last ones cost at most a quarter
-MANY_STEPS = 8  # of a tile, below which adding parts costs more than it saves
-TALL = 1024  # from which a tile of 256 rows wastes at most an eighth
+TALL = 1024  # from which a tile of 256 rows wastes an eighth of a group or less, on average
+PARTS = 20  # steps of a tile that take as long as writing, reading and adding parts: 12 microseconds; not measured
 
 # (least compute capability, kind of rows) -> tile, for 16-bit numbers, half as deep for TF32; of a plain product.
 _PLAIN = {
@@ -114,11 +113,16 @@ def pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype) -> Tile:
 
 
 def weight_grad_shares(num_tiles: int, rows_a_group: int, tile: Tile, like: Tensor) -> int:
-    """How many programs of `like`'s device share the steps of all tiles evenly; 0 where a program a tile is as good."""
-    if chip_generation() != 90 or rows_a_group < MANY_STEPS * tile.k:  # for sm_100 Triton 3.7 spills what it keeps
+    """How many programs of `like`'s device share the steps of all tiles evenly; 0 for a program a tile.
+
+    Shared where the rounds that whole tiles take last a ninth longer than an even share and its parts; on sm_90 alone,
+    since for sm_100 Triton 3.7 spills, and older chips run two blocks of the kernel that does not share.
+    """
+    if chip_generation() != 90 or tile.m * tile.n < 128 * 128:  # of smaller ones more run at once
         return 0
-    programs = multiprocessors(like.device) * max(8 // tile.warps, 1)  # at once: one of 8 warps, or two of 4
-    return programs if num_tiles < FEW_TILES * programs else 0
+    programs, steps = multiprocessors(like.device) * max(8 // tile.warps, 1), rows_a_group // tile.k
+    rounds, share = -(-num_tiles // programs) * steps, num_tiles * steps / programs + PARTS
+    return programs if share < 0.9 * rounds else 0
 
 
 def best_product_tile(
