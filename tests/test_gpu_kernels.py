@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TRITON, reason="needs 
 SHAPES = {
     "DSMoE-L-E16": (4096, 1024, 2048, 16, 2, "swiglu"),
     "DSMoE-L-E48": (12288, 1024, 448, 48, 5, "swiglu"),
-    "DSMoE-S-E16": (12288, 384, 768, 16, 2, "swiglu"),
+    "DSMoE-S-E16": (32768, 384, 768, 16, 2, "swiglu"),  # whose weight gradients programs share
     "DSMoE-S-E48": (12288, 384, 128, 48, 5, "swiglu"),
     "DSMoE-3B-E16": (9216, 1152, 2880, 16, 2, "swiglu"),
     "DiffMoE-L-E8": (4096, 1024, 4096, 8, 1, "gelu_tanh"),
@@ -111,7 +111,7 @@ def test_tf32_is_as_accurate_as_pytorch(name, tf32) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("name", ["DSMoE-L-E48", "DSMoE-S-E48", "DiffMoE-L-E8"])
+@pytest.mark.parametrize("name", ["DSMoE-L-E48", "DSMoE-S-E16", "DiffMoE-L-E8"])
 def test_two_runs_have_the_same_bits(name, backend) -> None:
     routing, inputs = inputs_of(SHAPES[name])
     one, other = (run(routing, inputs, torch.bfloat16, SHAPES[name][-1], backend) for _ in range(2))

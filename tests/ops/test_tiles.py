@@ -229,7 +229,8 @@ TRAINED = {
     "DSMoE-L-E48": (16384, 1024, 448, 48, 5),
     "DSMoE-3B-E16": (16384, 1152, 2880, 16, 2),
 }
-# Rows, columns, depth, warps and stages that did best on an H200; of the first one the depth and stages are not known.
+# Rows, columns, depth, warps and stages that did best on an H200. The depth is not known of DSMoE-S-E48's and L-E48's
+# up-projection, nor the former's stages.
 MEASURED = {
     ("up", "DSMoE-S-E48"): (128, 64, 64, 4, 3),
     ("up", "DSMoE-L-E16"): (128, 128, 64, 8, 4),

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffmoe_kernels.ops.grouped_gemm._triton import group_tiles
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_weight_grad_tile, weight_grad_shares
 from diffmoe_kernels.triton_support import Tile, input_precision, next_power_of_2
 
@@ -116,12 +117,8 @@ def steps_of_groups(group_offsets, num_rows, num_groups, BLOCK_K: tl.constexpr, 
 
     A group without rows has a step that adds nothing, so that its zeros are written.
     """
-    group = tl.arange(0, GROUPS)
-    end = tl.load(group_offsets + group, mask=group < num_groups, other=0)
-    begin = tl.load(group_offsets + group - 1, mask=(group > 0) & (group < num_groups), other=0)
-    tl.device_assert(begin * (group < num_groups) <= end, "group_offsets must ascend")
-    tl.device_assert(end <= num_rows, "group_offsets must not pass the number of rows")
-    steps = tl.where(group < num_groups, tl.maximum((end - begin + BLOCK_K - 1) // BLOCK_K, 1), 0)
+    begin, end, _ = group_tiles(group_offsets, num_rows, num_groups, BLOCK_K, GROUPS)
+    steps = tl.where(tl.arange(0, GROUPS) < num_groups, tl.maximum((end - begin + BLOCK_K - 1) // BLOCK_K, 1), 0)
     return begin, end, steps, tl.cumsum(steps, 0)
 
 
