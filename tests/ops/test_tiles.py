@@ -148,6 +148,7 @@ def test_where_programs_share(monkeypatch):
 
     assert shares(144, 8192) == 132 and shares(144, 8192, warps=4) == 264
     assert shares(144, 640) == 0 and shares(144, 6400) == 132 and shares(8, 640) == 0 and shares(8, 6400) == 132
+    assert shares(1344, 1706) == 0  # DSMoE-L-E48, for less than a hundredth
     assert shares(528, 8192) == 0 and shares(2048, 2048) == 0 and shares(144, 8192, columns=64) == 0
     assert shares(144, 8192, generation=80) == 0 and shares(144, 8192, generation=100) == 0
 
