@@ -149,6 +149,7 @@ def expert_choice_providers(where: Where, training: bool) -> tuple[dict[str, Pro
         "triton": Provider(of(ExpertChoice, "triton"), "triton"),
         "torch": Provider(of(ExpertChoice, "torch"), "torch"),
         "loop": Provider(of(Official, "reference"), captured=False),
+        "loop, compiled": Provider(of(Official, "reference"), captured=False, compiled=True, fullgraph=False),
     }, of(ExactChoice, "reference")
 
 

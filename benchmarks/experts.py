@@ -13,6 +13,7 @@ from benchmarks.peers import Adapter, peers
 from benchmarks.registry import BOTH, FORWARD, Build, Case, Provider, Shape, Where, normal
 from diffmoe_kernels import Routing, ops
 from diffmoe_kernels.modules import FeedForward
+from diffmoe_kernels.ops.experts.reference import activate
 
 # Batch 64 to 256 of 256 tokens, the sizes that the models train at.
 TRAINING = {
@@ -86,10 +87,15 @@ def exact(module: Experts, x: Tensor) -> Tensor:
 
 
 def grouped_mm(module: Experts, x: Tensor) -> Tensor:
-    """What a skilled user of plain PyTorch writes for SwiGLU: gather, `grouped_mm` twice, gather again and sum."""
-    rows = x.index_select(0, module.token_indices)  # (R, D)
-    gate, up = F.grouped_mm(rows, module.up.mT, offs=module.group_offsets).chunk(2, dim=-1)
-    rows = F.grouped_mm(F.silu(gate) * up, module.down.mT, offs=module.group_offsets)
+    """What a skilled user of plain PyTorch writes: gather, `grouped_mm` twice, gather again and sum."""
+    offsets = module.group_offsets
+
+    def project(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = F.grouped_mm(rows, weight.mT, offs=offsets)
+        return out if bias is None else out + bias.index_select(0, module.routing.row_experts)
+
+    rows = project(x.index_select(0, module.token_indices), module.up, module.up_bias)  # (R, U)
+    rows = project(activate(rows, module.shape.activation), module.down, module.down_bias)
     return gather_sum(rows, module.gates, module.token_rows, module.shape.top_k)
 
 
@@ -104,8 +110,8 @@ def loop(module: Experts, x: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     for expert, (up, down) in enumerate(zip(module.up, module.down, strict=True)):
         tokens, slots = torch.where(module.topk_ids == expert)
-        gate, value = (x[tokens] @ up.T).chunk(2, dim=-1)
-        rows = (F.silu(gate) * value) @ down.T
+        up_bias, down_bias = (None if bias is None else bias[expert] for bias in (module.up_bias, module.down_bias))
+        rows = F.linear(activate(F.linear(x[tokens], up, up_bias), module.shape.activation), down, down_bias)
         out.index_add_(0, tokens, (rows * module.topk_weights[tokens, slots, None]).to(x.dtype))
     return out
 
@@ -158,15 +164,14 @@ def cases(where: Where) -> list[Case]:
     plain = {"grouped_mm": Provider(of(grouped_mm), compiled=compiled)}
     backends = {name: Provider(of(ours(name)), name) for name in ("triton", "torch")}
     official = {"loop": Provider(of(loop), captured=False)}
+    official_compiled = {"loop, compiled": Provider(of(loop), captured=False, compiled=True, fullgraph=False)}
     found = []
-    for name, shape in TRAINING.items():
-        # With the other activation the whole layer is timed, by all who compute it.
-        users = {"dense": ceiling} | (plain if shape.activation == "swiglu" else {}) | peers(shape, prepared)
-        both = backends | users | (masters if shape.activation == "swiglu" else {})
-        found.append(Case("experts", name, BOTH, shape, both, tokens, of(exact), cost))
-        found.append(Case("experts", name, FORWARD, shape, backends | users, tokens, of(exact), cost))
-    for name, shape in OTHERS.items():
-        found.append(Case("experts", name, BOTH, shape, backends | {"dense": ceiling} | plain, tokens, of(exact), cost))
+    for name, shape in (TRAINING | OTHERS).items():
+        users = backends | {"dense": ceiling} | plain | official | peers(shape, prepared)
+        more = official_compiled | masters if name in TRAINING else {}
+        found.append(Case("experts", name, BOTH, shape, users | more, tokens, of(exact), cost))
+        if name in TRAINING:
+            found.append(Case("experts", name, FORWARD, shape, users, tokens, of(exact), cost))
     for name in ("DSMoE-L-E16", "DSMoE-L-E48"):
         for count in SAMPLING_TOKENS:
             shape, case = replace(TRAINING[name], tokens=count), f"{name}, sampling {count}"
