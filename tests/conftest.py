@@ -56,4 +56,4 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))
         if item.get_closest_marker("slow") and config.getoption("markexpr") != "slow":
-            item.add_marker(pytest.mark.skip(reason="takes a quarter of an hour: pytest -m slow"))
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
