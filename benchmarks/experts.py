@@ -87,12 +87,18 @@ def exact(module: Experts, x: Tensor) -> Tensor:
 
 
 def grouped_mm(module: Experts, x: Tensor) -> Tensor:
-    """What a skilled user of plain PyTorch writes: gather, `grouped_mm` twice, gather again and sum."""
-    offsets = module.group_offsets
+    """What a skilled user of plain PyTorch writes: gather, `grouped_mm` twice, gather again and sum.
+
+    Biases are a product with each row's expert as ones and zeros, whose backward sums without atomics.
+    """
+    offsets, routing = module.group_offsets, module.routing
 
     def project(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = F.grouped_mm(rows, weight.mT, offs=offsets)
-        return out if bias is None else out + bias.index_select(0, module.routing.row_experts)
+        if bias is None:
+            return out
+        own = routing.row_experts[:, None] == torch.arange(module.shape.experts, device=x.device)
+        return torch.addmm(out, own.to(x.dtype), bias)
 
     rows = project(x.index_select(0, module.token_indices), module.up, module.up_bias)  # (R, U)
     rows = project(activate(rows, module.shape.activation), module.down, module.down_bias)
