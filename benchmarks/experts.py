@@ -91,14 +91,13 @@ def grouped_mm(module: Experts, x: Tensor) -> Tensor:
 
     Biases are a product with each row's expert as ones and zeros, whose backward sums without atomics.
     """
-    offsets, routing = module.group_offsets, module.routing
+    own = None
+    if module.up_bias is not None:
+        own = (module.routing.row_experts[:, None] == torch.arange(module.shape.experts, device=x.device)).to(x.dtype)
 
     def project(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = F.grouped_mm(rows, weight.mT, offs=offsets)
-        if bias is None:
-            return out
-        own = routing.row_experts[:, None] == torch.arange(module.shape.experts, device=x.device)
-        return torch.addmm(out, own.to(x.dtype), bias)
+        out = F.grouped_mm(rows, weight.mT, offs=module.group_offsets)
+        return out if own is None else torch.addmm(out, own, bias)
 
     rows = project(x.index_select(0, module.token_indices), module.up, module.up_bias)  # (R, U)
     rows = project(activate(rows, module.shape.activation), module.down, module.down_bias)

@@ -43,10 +43,9 @@ _PAIRED = {
 }
 # From sm_90 on in training, 16-bit; what was measured was measured with pointers.
 _SHALLOW = Tile(128, 128, 32, 4, 4)  # measured at DSMoE-S-E48 and B-E48: two blocks, one stores while one multiplies
-_PAIRED_FEW_COLUMNS = Tile(
-    128, 64, 64, 4, 3, descriptors=True
-)  # measured at DSMoE-S-E48 but for depth and stages; two blocks
-_PAIRED_TALL = Tile(256, 64, 64, 8, 4, descriptors=True)  # measured at DSMoE-L-E48, 7 x 64 columns, but for the depth
+# Measured at DSMoE-S-E48 but for depth and stages, two blocks; at DSMoE-L-E48, 7 x 64 columns, but for the depth.
+_PAIRED_FEW_COLUMNS = Tile(128, 64, 64, 4, 3, descriptors=True)
+_PAIRED_TALL = Tile(256, 64, 64, 8, 4, descriptors=True)
 _TALL = Tile(256, 128, 64, 8, 3, descriptors=True)
 _WEIGHT_GRAD = {90: Tile(128, 256, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)}
 _UNALIGNED = Tile(64, 64, 32, 4, 2)  # rows that begin at odd addresses are read number by number
