@@ -11,7 +11,7 @@ from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
 from diffmoe_kernels.checks import check_choice, check_shape, check_sizes
 from diffmoe_kernels.modules.buffers import reset_tables_after_load
-from diffmoe_kernels.modules.linear import Linear
+from diffmoe_kernels.modules.linear import Linear, side_by_side
 from diffmoe_kernels.ops.rope_attention import QK_NORMS, check_rope
 from diffmoe_kernels.ops.rope_attention.tables import grid_of
 
@@ -133,7 +133,7 @@ class RoPEAttention(nn.Module):
         if self.num_kv_heads == self.num_heads:
             packed = self.qkv(x)
         else:
-            packed = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+            packed = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
         return packed.unflatten(-1, (-1, self.head_dim))
 
     def _tables(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:

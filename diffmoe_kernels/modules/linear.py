@@ -14,6 +14,28 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if autocast_is_on(x) and x.dtype != torch.float64:  # which it leaves alone
-            return super().forward(x)  # it caches its casts
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return _linear(x, self.weight, self.bias)
+
+
+def side_by_side(x: Tensor, *layers: nn.Module) -> Tensor:
+    """(..., in_features) -> (..., sum of out_features): what each layer makes of x, by one product if all are plain.
+
+    Layers with hooks, of another class (adapters) or with weights that are no ordinary tensors are called.
+    """
+    biases = [layer.bias for layer in layers if getattr(layer, "bias", None) is not None]
+    if len(biases) not in (0, len(layers)) or not all(map(_is_plain, layers)):
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+    return _linear(x, torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if autocast_is_on(x) and x.dtype != torch.float64:  # which it leaves alone
+        return F.linear(x, weight, bias)  # it caches its casts of parameters
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling it does no more than its product."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    is_own = type(layer) is Linear and "forward" not in vars(layer)  # accelerate's hooks put theirs in its place
+    return is_own and not any(hooks) and type(layer.weight) in (nn.Parameter, Tensor)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from diffmoe_kernels import RoPEAttention, ops
@@ -84,6 +85,92 @@ def test_matches_plain_attention(config, backend):
         # A bias of the keys changes no softmax where nothing is rotated: its gradient is rounding alone.
         assert (grad - other).norm() <= 1e-5 * max(other.norm(), parameter.norm()), name
     assert y.shape == x.shape
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, and the numbers that are copied beside others."""
+
+    products = copied = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.products += 1
+        if function is torch.ops.aten.cat.default:
+            self.copied += out.numel()
+        return out
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_grouped_queries_are_projected_by_one_product(bias):
+    layer, x = make(num_kv_heads=1, rope=None, qkv_bias=bias, backend="torch"), torch.randn(8, 64, 32)
+    with Products() as seen:
+        layer(x)
+    assert seen.products == 2  # and the output projection
+    assert seen.copied == (32 + bias) * (32 + 2 * 8)  # weights, no activations
+
+
+class Doubled(nn.Linear):
+    """Of an adapter's kind: another class in the place of a projection."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def scale_weight(layer):
+    with torch.no_grad():
+        layer.weight *= 2
+        layer.bias *= 2
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "class", "forward"])
+def test_what_is_put_on_a_projection_is_heard(change, name):
+    layer, x = make(num_kv_heads=2), torch.randn(2, 16, 32)
+    doubled, projection = copy.deepcopy(layer), layer.get_submodule(name)
+    scale_weight(doubled.get_submodule(name))
+    if change == "hook":
+        projection.register_forward_hook(lambda module, inputs, out: 2 * out)
+    elif change == "pre-hook":
+        projection.register_forward_pre_hook(lambda module, inputs: scale_weight(module))
+    elif change == "class":
+        projection.__class__ = Doubled
+    else:
+        forward = projection.forward
+        projection.forward = lambda x: 2 * forward(x)
+    assert_close(layer(x), doubled(x))
+
+
+def test_gradient_hooks_of_a_projection_are_called():
+    layer, calls = make(num_kv_heads=2), []
+    layer.k_proj.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append(grad_out[0].shape))
+    layer(torch.randn(2, 16, 32, requires_grad=True)).sum().backward()
+    assert calls == [(2, 16, 16)]
+
+
+def test_a_projection_may_be_the_one_without_a_bias():
+    layer, x = make(num_kv_heads=2), torch.randn(2, 16, 32)
+    zero = copy.deepcopy(layer)
+    nn.init.zeros_(zero.k_proj.bias)
+    layer.k_proj.bias = None
+    assert_close(layer(x), zero(x))
+
+
+def test_a_projection_with_weights_of_another_kind_is_called():
+    """As quantizing tools make them: of a class that knows linear layers and nothing else."""
+
+    class OnlyLinear(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.cat and args[0][0].ndim == 2:
+                raise NotImplementedError("weights side by side")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    layer, x = make(num_kv_heads=2), torch.randn(2, 16, 32)
+    expected = layer(x)
+    weight = layer.v_proj.weight.detach().as_subclass(OnlyLinear)
+    layer.v_proj.weight = nn.Parameter(weight, requires_grad=False)
+    assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("config", CONFIGS[1:5])
