@@ -47,6 +47,12 @@ def test_a_length_that_is_not_kept(dtype, tiles):
     check(*inputs_of(1000, 32, heads=1), dtype)
 
 
+def test_that_length_in_float32(tiles, monkeypatch):
+    """In tiles of 16-bit numbers: its own are a sixteenth of them, which takes the interpreter a minute."""
+    monkeypatch.setattr(tiles, "pick_tile", lambda *_: tiles.AttentionTile(64, 64, 4))
+    check(*inputs_of(1000, 32, heads=1), torch.float32)
+
+
 def test_a_prefix_of_more_than_a_block():
     check(*ungrouped(140, 32, rope="2d_interleaved", norm="rmsnorm", prefix=70), *LOW)
 

@@ -1,6 +1,6 @@
-"""Tiles of the attention kernels, picked by hand and not measured: none spills registers at a published model's shape,
-with triton 3.7.1 on sm_90 none in bfloat16 at any width or norm that was tried. In float16 grouped heads of 64 channels
-keep 8 bytes a thread there past 320 tokens; on sm_100 72 channels with a norm 24. An opt-in search tries more tiles.
+"""Tiles of the attention kernels, picked by hand and not measured: none spills registers at a published model's shape.
+Elsewhere backwards keep at most 24 bytes a thread on the stack (128 channels; 72 with a norm; float16): tiles that keep
+none take a tenth more instructions (benchmarks/NOTES.md). An opt-in search tries more tiles.
 
 What decides is how many instructions a multiprocessor issues in all (benchmarks/NOTES.md), then that two programs fit
 on one, so that the copies and exponentials of one hide behind the products of the other. Where all of a head fits in
