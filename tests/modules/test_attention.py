@@ -141,9 +141,10 @@ def test_what_is_put_on_a_projection_is_heard(change, name):
     assert_close(layer(x), doubled(x))
 
 
-def test_gradient_hooks_of_a_projection_are_called():
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_gradient_hooks_of_a_projection_are_called(kind):
     layer, calls = make(num_kv_heads=2), []
-    layer.k_proj.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append(grad_out[0].shape))
+    getattr(layer.k_proj, kind)(lambda module, *grads: calls.append(grads[-1][0].shape))
     layer(torch.randn(2, 16, 32, requires_grad=True)).sum().backward()
     assert calls == [(2, 16, 16)]
 
