@@ -1,10 +1,12 @@
-"""Experts that FSDP2 shards by themselves, in mixed precision."""
+"""Layers that FSDP2 shards: experts by themselves, in mixed precision, and projections of attention."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SCRIPT = """
 import torch
@@ -33,3 +35,39 @@ def test_gates_stay_float32_where_inputs_are_not_cast() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["torch.float32", "True", "torch.float32"], done.stderr
+
+
+ATTENTION = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from diffmoe_kernels import RoPEAttention
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+torch.manual_seed(0)
+x = torch.randn(2, 16, 32)
+layer = RoPEAttention(32, 4, num_kv_heads=2)
+expected = layer(x)
+grads = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+fully_shard(layer.get_submodule(sys.argv[1]), mesh=init_device_mesh("cpu", (1,)))
+y = layer(x)
+y.square().sum().backward()
+torch.testing.assert_close(y, expected)
+for parameter, grad in zip(layer.parameters(), grads):
+    sharded = parameter.grad
+    torch.testing.assert_close(sharded.to_local() if hasattr(sharded, "to_local") else sharded, grad)
+print("equal")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("sharded", ["", "k_proj"])
+def test_projections_of_grouped_heads_may_be_sharded(sharded: str) -> None:
+    """All of the layer, whose projections are one product then, or one of them, which then is called."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", ATTENTION, sharded], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["equal"], done.stderr
