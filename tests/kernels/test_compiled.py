@@ -211,6 +211,14 @@ def test_two_blocks_of_products_that_are_mostly_epilogue_fit_on_a_multiprocessor
         assert blocks_at_once(row) >= 2, row
 
 
+def test_the_backward_of_adaln_is_one_wave(compiled):
+    """Of a layer of DSMoE-L, 64 samples of 256 tokens: a second wave would leave most multiprocessors with nothing."""
+    from diffmoe_kernels.ops.adaln._triton import MOST
+
+    (row,) = (row for row in compiled[90] if row["case"] == "adaln DSMoE-L _adaln_bwd_kernel 2")
+    assert 132 * blocks_at_once(row) >= 64 * -(-256 // MOST), row
+
+
 # name -> microseconds that an H200 needs at least to issue attention's instructions at 1.7 GHz: forward, with its
 # log-sum-exp, and backward. The goals in a run are 85 62 80 80 163, and 400 300 360 400 650 for both.
 ISSUED = {"DSMoE-S": (45, 100), "DSMoE-L": (30, 66), "DSMoE-3B": (38, 92), "JiT-L": (53, 138), "512 px": (113, 283)}

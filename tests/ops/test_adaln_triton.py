@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,6 +55,18 @@ def test_many_parts_are_summed():
     inputs = make(1, 300, 8)
     for name, expected in grads_of(both, inputs, backend="reference").items():
         assert_close(grads_of(both, inputs)[name], expected, name=name)
+
+
+@pytest.mark.parametrize("sizes", [(1, 100, 7), (2, 49, 96), (1, 97, 1152)])
+def test_tiles_of_many_tokens(sizes, monkeypatch):
+    """As there are where tokens are many: 32 of a program, 48 in the backward of both ops."""
+    monkeypatch.setattr(importlib.import_module("diffmoe_kernels.ops.adaln._triton"), "BUSY", 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        with poisoned_allocations():
+            check_accuracy(
+                lambda **kw: torch.cat(both(**kw)), lambda **kw: torch.cat(both(**kw, backend="reference")), dtype,
+                make(*sizes),
+            )  # fmt: skip
 
 
 def test_zeros_and_no_epsilon():

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from diffmoe_kernels.triton_support import next_power_of_2
 
-MANY, FEW, BUSY = 32, 8, 8192  # tokens of a program, that share its sample's vectors; few where there are not BUSY
+# Tokens of a program, that share its sample's vectors: few where there are not BUSY. MOST in the backward of both ops,
+# whose registers leave room for three programs on a multiprocessor: DSMoE-L's 16,384 tokens in one wave of an H200.
+MOST, MANY, FEW, BUSY = 48, 32, 8, 8192
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 32, 16  # of each tensor that a thread holds at a time
 SUMMED_PARTS, SUMMED_COLUMNS = 8, 64  # of a block of the second kernel
 
@@ -120,15 +122,20 @@ def _adaln_bwd_kernel(
             factors *= _load_vector(weight, columns, D)
         by_shift = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         by_factor = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(0, TOKENS, BLOCK_N):
+    for start in range(0, min(TOKENS, num_tokens - first), BLOCK_N):
         tokens = first + start + tl.arange(0, BLOCK_N)
         in_rows = tokens < num_tokens
         mask = in_rows[:, None] & (columns < D)[None, :]
         at = (sample * num_tokens + tokens)[:, None] * D + columns[None, :]
+        # All that a step reads is under way before its first sum, which waits for every warp.
+        if grad_stream is not None:
+            streamed = tl.load(grad_stream + at, mask=mask, other=0.0)
+        if gate is not None:
+            branch = tl.load(y + at, mask=mask, other=0.0)
         if scale is not None:
-            values = tl.load(stream + at, mask=mask, other=0.0).to(tl.float32)
+            values = tl.load(stream + at, mask=mask, other=0.0)
             grads = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
-            normed, reciprocal = _standardize(values, in_rows, columns, eps, D, NORM)
+            normed, reciprocal = _standardize(values.to(tl.float32), in_rows, columns, eps, D, NORM)
             by_shift += grads
             by_factor += grads * normed
             grads *= factors
@@ -137,12 +144,12 @@ def _adaln_bwd_kernel(
                 by_values -= (tl.sum(grads, 1) / D)[:, None]
             by_values *= reciprocal
             if grad_stream is not None:
-                by_values += tl.load(grad_stream + at, mask=mask, other=0.0).to(tl.float32)
+                by_values += streamed.to(tl.float32)
             tl.store(grad_x + at, by_values.to(grad_x.dtype.element_ty), mask=mask)
         else:
-            by_values = tl.load(grad_stream + at, mask=mask, other=0.0).to(tl.float32)
+            by_values = streamed.to(tl.float32)
         if gate is not None:
-            by_gate += by_values * tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
+            by_gate += by_values * branch.to(tl.float32)
             tl.store(grad_y + at, (by_values * gates).to(grad_y.dtype.element_ty), mask=mask)
     parts += tl.program_id(0).to(tl.int64) * KINDS * D + columns
     if gate is not None:
@@ -199,12 +206,13 @@ def _adaln_sum_chunks_kernel(
         tl.store(grad_scale + at, total.to(grad_scale.dtype.element_ty), mask=in_width)
 
 
-def _tiles(batch: int, num_tokens: int, width: int, elements: int) -> dict[str, int]:
+def _tiles(batch: int, num_tokens: int, width: int, elements: int, many: int = MANY) -> dict[str, int]:
     """Warps for a whole row, and as many rows at a time as they have room for."""
-    tokens = MANY if batch * num_tokens >= BUSY else FEW
+    tokens = many if batch * num_tokens >= BUSY else FEW
     block_d = max(next_power_of_2(width), 16)
     warps = min(max(block_d // (32 * elements), 4), 16)
-    block_n = max(min(warps * 32 * elements // block_d, next_power_of_2(num_tokens), tokens), 1)
+    steps_of = tokens & -tokens  # the greatest power of 2 that divides them
+    block_n = max(min(warps * 32 * elements // block_d, next_power_of_2(num_tokens), steps_of), 1)
     return {"TOKENS": tokens, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps}
 
 
@@ -299,7 +307,8 @@ def adaln_bwd(
     if stream.numel() == 0:
         vectors = (None if one is None else one.zero_() for one in vectors)
         return grad_x, grad_y, *vectors, None if weight is None else torch.zeros_like(weight)
-    tiles = _tiles(*stream.shape, BACKWARD_ELEMENTS if has_norm else FORWARD_ELEMENTS)
+    many = MOST if has_norm and residual is not None else MANY
+    tiles = _tiles(*stream.shape, BACKWARD_ELEMENTS if has_norm else FORWARD_ELEMENTS, many)
     num_chunks = triton.cdiv(num_tokens, tiles["TOKENS"])
     kinds = (residual is not None) + 2 * has_norm
     parts = stream.new_empty(batch * num_chunks, kinds, width, dtype=torch.float32)
