@@ -76,14 +76,14 @@ def num_programs(num_tiles: int, like: Tensor) -> int:
 
 
 def describe(*tiles: tuple[Tensor, tuple[int, ...]]) -> list[TensorDescriptor] | None:
-    """Descriptors of tensors and their tiles; None where a layout allows none: it wants an inner stride of 1, and
-    addresses and other strides of whole 16 bytes.
+    """Descriptors of tensors and their tiles; None where a layout allows none: it wants numbers at all, an inner stride
+    of 1, and addresses and other strides of whole 16 bytes.
     """
     for tensor, block in tiles:
         strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
         if tensor.stride(-1) != 1 or any(one % 16 or one == 0 for one in (*strides, tensor.data_ptr() or 16)):
             return None
-        if max(block) > 256:
+        if max(block) > 256 or tensor.numel() == 0:
             return None
     return [TensorDescriptor(tensor, tensor.shape, tensor.stride(), block) for tensor, block in tiles]
 

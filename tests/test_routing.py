@@ -220,5 +220,5 @@ def test_more_rows_than_int32_counts_are_refused():
         (_library._router_topk._function, scores, None, 256, False, 1, 1, 0.0, True, 1.0, "cuda"),
         (_from_topk_library._routing_from_topk._function, scores, ids, 256),
     ):
-        with pytest.raises(ValueError, match="at most 2147483647 rows, its numbers being int32; got 2147483648"):
+        with pytest.raises(ValueError, match="at most 2147467264 rows, its numbers being int32; got 2147483648"):
             function(*arguments)

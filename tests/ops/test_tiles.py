@@ -194,6 +194,7 @@ def test_programs_are_bounded():
         (torch.empty(8, 1).expand(8, 16)[:, :4], (8, 4)),  # a stride of 0
         (torch.empty(129)[1:].view(8, 16), (8, 8)),  # begins at 4 bytes
         (torch.empty(8, 1024), (8, 512)),  # a tile beyond what the copy engine takes
+        (torch.empty(8, 1024)[:, :0], (8, 8)),  # nothing to describe
     ],
 )
 def test_layouts_without_descriptors(tensor, block):
