@@ -123,16 +123,21 @@ __global__ void __launch_bounds__(kChooseThreads)
       }
     }
     if (top_groups < num_groups) mask_groups(keys, lane, num_experts, num_groups, top_groups, fill);
-    for (int slot = 0; slot < top_k; ++slot) {
-      unsigned largest;
-      const int expert = first_largest(keys, lane, &largest);
+    for (int begin_slot = 0; begin_slot < top_k; begin_slot += kWarp) {
+      const int slots = min(top_k - begin_slot, kWarp);
+      int choice = 0;  // of slot begin_slot + lane
+      for (int slot = 0; slot < slots; ++slot) {
+        unsigned largest;
+        const int expert = first_largest(keys, lane, &largest);
 #pragma unroll
-      for (int j = 0; j < J; ++j) {
-        if (j * kWarp + lane == expert) keys[j] = kTaken;
+        for (int j = 0; j < J; ++j) {
+          if (j * kWarp + lane == expert) keys[j] = kTaken;
+        }
+        if (lane == slot) choice = expert;
       }
-      if (lane == 0) {
-        topk_ids[static_cast<int64_t>(token) * top_k + slot] = expert;
-        atomicAdd(&own_counts[expert], 1);
+      if (lane < slots) {
+        topk_ids[static_cast<int64_t>(token) * top_k + begin_slot + lane] = choice;
+        atomicAdd(&own_counts[choice], 1);
       }
     }
   }

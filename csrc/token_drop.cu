@@ -14,6 +14,7 @@ namespace {
 constexpr int kMaxExperts = 256;
 constexpr int kHeld = 16;  // keys that a thread of token_drop_cut_kernel keeps in registers
 constexpr int kPlaceThreads = 256;
+constexpr int kPlaceBlocks = 5;  // on a multiprocessor; for six ptxas would spill
 constexpr int kWords = kPlaceThreads / kWarp;
 constexpr int kMaxChunks = 256;  // of a pool: each block of token_drop_place_kernel reads the counts of those before
 
@@ -46,10 +47,27 @@ __global__ void __launch_bounds__(kCutThreads)
     return key_of(to_float(scores[at]));
   };
   unsigned held[kHeld];
+  if (fits) {
+    // All are read before the first is looked at: behind branches each load would wait for the one before.
+    const auto place = [&](int i) { return static_cast<int>(threadIdx.x) + i * kCutThreads; };
+    const auto at = [&](int i) { return first + static_cast<int64_t>(min(place(i), pool_size - 1)) * num_experts; };
+    unsigned is_there = 0;  // a bit a key
+    if (by_token) {
+      L own[kHeld];
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int token = threadIdx.x + i * kCutThreads;
-    held[i] = fits && token < pool_size ? load(token) : kNotThere;
+      for (int i = 0; i < kHeld; ++i) own[i] = logits[at(i)];
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) is_there |= static_cast<unsigned>(passes(own[i], threshold)) << i;
+    } else {
+      is_there = ~0u;
+    }
+    S own[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) own[i] = scores[at(i)];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      held[i] = place(i) < pool_size && (is_there >> i & 1) ? key_of(to_float(own[i])) : kNotThere;
+    }
   }
   const auto for_each_key = [&](auto function) {
     if (fits) {
@@ -100,7 +118,7 @@ __global__ void __launch_bounds__(kCutThreads)
 // scores (T, E), logits (T, E) and thresholds (E,), or neither, cuts, ties (P, E), wanted (E,), counts (P, B, E)
 // -> gates (R,), token_indices (R,), group_offsets (E,), token_offsets (T + 1,), token_rows (R,), num_dropped ()
 template <class S, class L>
-__global__ void __launch_bounds__(kPlaceThreads)
+__global__ void __launch_bounds__(kPlaceThreads, kPlaceBlocks)
     token_drop_place_kernel(const S* __restrict__ scores, const L* __restrict__ logits,
                             const float* __restrict__ thresholds, const unsigned* __restrict__ cuts,
                             const int* __restrict__ ties, const int* __restrict__ wanted,
@@ -120,8 +138,24 @@ __global__ void __launch_bounds__(kPlaceThreads)
   const int pool = blockIdx.x / num_chunks, own_chunk = blockIdx.x % num_chunks;
   const bool predicted = logits != nullptr;
 
+  for (int expert = threadIdx.x; expert < num_experts; expert += kPlaceThreads) {
+    aboves[expert] = equals[expert] = 0;
+    cut_of[expert] = cuts[pool * num_experts + expert];
+    ties_of[expert] = ties[pool * num_experts + expert];
+  }
+  __syncthreads();
+  for (int expert = lane; expert < num_experts; expert += kWarp) {
+    int above = 0, equal = 0;
+#pragma unroll 4
+    for (int other = warp; other < own_chunk; other += kWords) {
+      const unsigned count = counts[(static_cast<int64_t>(pool) * num_chunks + other) * num_experts + expert];
+      above += count & 0xffff;
+      equal += count >> 16;
+    }
+    atomicAdd(&aboves[expert], above);
+    atomicAdd(&equals[expert], equal);
+  }
   const auto size_of = [&](int expert) { return predicted ? min(wanted[expert], capacity) : capacity * num_pools; };
-  int before = 0;  // of this thread's expert
   int64_t dropped = 0;
   if (warp == 0) {
     int rows = 0;
@@ -142,19 +176,10 @@ __global__ void __launch_bounds__(kPlaceThreads)
       if (lane == 0) *num_dropped = dropped;
     }
   }
+  __syncthreads();
+  int before = 0;  // of this thread's experts
   for (int expert = threadIdx.x; expert < num_experts; expert += kPlaceThreads) {
-    int above = 0, equal = 0;
-#pragma unroll 4
-    for (int other = 0; other < own_chunk; ++other) {
-      const unsigned count = counts[(static_cast<int64_t>(pool) * num_chunks + other) * num_experts + expert];
-      above += count & 0xffff;
-      equal += count >> 16;
-    }
-    aboves[expert] = above;
-    equals[expert] = equal;
-    cut_of[expert] = cuts[pool * num_experts + expert];
-    ties_of[expert] = ties[pool * num_experts + expert];
-    before += above + min(equal, ties_of[expert]);
+    before += aboves[expert] + min(equals[expert], ties_of[expert]);
   }
   int slot = block_sum(before, parts) + pool * capacity * num_experts;  // the chunk's first
   if (blockIdx.x == 0 && threadIdx.x == 0) token_offsets[static_cast<int64_t>(num_pools) * pool_size] = total_rows;

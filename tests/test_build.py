@@ -235,11 +235,23 @@ def test_loads_of_16_bytes_are_in_flight_together(library) -> None:
         ("unpermute_bwd_kernelINS_8BFloat16ELi8", "FFMA", 8),
         ("permute_fwd_kernelINS_3VecINS_8BFloat16ELi8", "STG", 3),
     ):
-        (name,) = (name for name in resources(library)["sm_90a"] if part in name)
-        command = [tool(), "-sass", "-arch", "sm_90a", "-fun", name, library]
-        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        code = machine_code(library, part)
         loads = re.split(rf"\b{before}\b", code[code.index("LDG.E.128") :])[0].count("LDG.E.128")
-        assert loads >= wanted, f"{name}: {loads}"
+        assert loads >= wanted, f"{part}: {loads}"
+
+
+@needs_nvcc
+def test_keys_of_a_thread_are_in_flight_together(library) -> None:
+    """All 16 that it keeps, before the first is asked whether it is NaN."""
+    code = machine_code(library, "token_drop_cut_kernelIffE")
+    assert max(part.count("LDG") for part in code.split("FSETP")) >= 16
+
+
+def machine_code(library: Path, part: str) -> str:
+    """Of the one kernel for sm_90a with that in its name."""
+    (name,) = (name for name in resources(library)["sm_90a"] if part in name)
+    command = [tool(), "-sass", "-arch", "sm_90a", "-fun", name, library]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 SCRIPT = """

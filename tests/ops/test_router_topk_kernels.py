@@ -18,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = ("topk_weights", "router_scores", "gates")
 # T, E, K
 SIZES = [(1, 1, 1), (9, 1, 1), (1, 2, 2), (31, 6, 1), (32, 8, 2), (70, 48, 5), (129, 3, 3), (33, 130, 4), (34, 256, 16)]
+SIZES += [(5, 48, 40)]  # more choices than a warp has lanes
 OPTIONS = [
     {},
     {"score_function": "softmax", "normalize_weights": False, "scaling_factor": 2.5},
