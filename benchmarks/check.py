@@ -31,13 +31,16 @@ ROOT = Path(__file__).parents[1]
 TESTS, WARM_UP = 0.5, 0.4  # of the budget, when they are stopped
 GRACE = 15.0  # seconds to write down what there is
 SIDE_BY_SIDE = 6  # processes
+LONG = ("attention", "parity", "kernels", "cuda")  # files of tests, which begin first
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+STOPPED = "stopped"
 ONE_MODEL = 45.0  # seconds that a whole model may take from its start to its time
 
 
 def gpu_tests(root: Path = ROOT) -> list[str]:
-    """The files that hold tests for a GPU alone."""
-    found = (path for path in sorted(root.glob("tests/**/test_*.py")) if "pytest.mark.gpu" in path.read_text())
+    """The files that hold tests for a GPU alone, those that take longest first."""
+    found = [path for path in sorted(root.glob("tests/**/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    found.sort(key=lambda path: not path.stem.endswith(LONG))
     return [str(path.relative_to(root)) for path in found]
 
 
@@ -57,7 +60,7 @@ def run(command: list[str], seconds: float, grace: float = GRACE, **environment:
                 os.killpg(process.pid, end)  # what it started too
         else:
             output, _ = process.communicate()
-        late = "" if end == signal.SIGINT else f"\nstopped after {seconds:.0f} s"
+        late = "" if end == signal.SIGINT else f"\n{STOPPED} after {seconds:.0f} s"
         return process.returncode, output.strip() + late
 
 
@@ -103,6 +106,8 @@ def check(results: Path, budget: float, tests: Sequence[str], parts: Sequence[st
 
     def tell(name: str, done: tuple[int, str]) -> None:
         print(f"== {name}, {time.monotonic() - start:.0f} s\n{done[1]}", flush=True)
+        if done[1].rpartition("\n")[2].startswith(f"{STOPPED} after"):
+            name = f"{name} ({STOPPED} by time)"
         if done[0] and name not in failed:
             failed.append(name)
 
@@ -161,6 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         "results", type=Path, nargs="?", help="the JSON file to write; benchmarks/results/<gpu>-<date>.json by default"
     )
     parser.add_argument("--budget", type=float, default=500, help="seconds after which nothing more is started")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the benchmarks; all by default")
+    parser.add_argument("--no-tests", action="store_true", help="only time, for the parts that an earlier run left")
     options = parser.parse_args(arguments)
     os.environ.setdefault(COMPILE_THREADS, "4")  # of each process
     try:
@@ -168,7 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    return check(results, options.budget, gpu_tests())
+    tests = [] if options.no_tests else gpu_tests()
+    return check(results, options.budget, tests, [part for part in PARTS if part in options.parts])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Writes what "auto" takes: ``python -m benchmarks.prefer results.json`` turns a run on a GPU into a table.
 
 The table is ``diffmoe_kernels/measured.json``; rows of the same op, chip and shape class are replaced, others stay. A
-backend is fastest in a class where the geometric mean of its times over the class's cases is the least. Each class has
-two rows, for calls in eager mode and for those that torch.compile traces, where PyTorch's way counts with its fastest
-compiled time; an op that was not timed compiled has the same times in both. Where an op has no path of PyTorch but its
-definition, that is called "torch", as `diffmoe_kernels.backend.plain` does.
+backend is fastest in a class where the geometric mean of its times over the class's cases is the least; a class without
+PyTorch's time in each case has no row. Each other has two, for calls in eager mode and for those that torch.compile
+traces, where PyTorch's way counts with its fastest compiled time; an op that was not timed compiled has the same times
+in both. Where an op has no path of PyTorch but its definition, that is called "torch", as
+`diffmoe_kernels.backend.plain` does.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def rows(data: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
             for case, backends in timed.items()
         }
         common = set.intersection(*(set(case) for case in cases.values()))
-        if len(common) < 2:
-            continue  # nothing to compare with
+        if len(common) < 2 or "torch" not in common:
+            continue  # nothing to compare with, or not with what users have
         means = {name: math.prod(case[name] for case in cases.values()) ** (1 / len(cases)) for name in common}
         shown = [{"name": name, "ms": {key: ms[key] for key in sorted(common)}} for name, ms in sorted(cases.items())]
         table.append(

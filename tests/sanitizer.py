@@ -48,8 +48,10 @@ def sanitized(tool: str, script: str, *words: str, kernels: str, seconds: float 
     with subprocess.Popen(command, cwd=ROOT, env=environment, **start) as process:
         try:
             output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
+        except BaseException as stopped:  # by the user or `benchmarks.check` as well
             os.killpg(process.pid, signal.SIGKILL)  # the script too, which would go on using the GPU
+            if not isinstance(stopped, subprocess.TimeoutExpired):
+                raise
             output, _ = process.communicate()
             pytest.fail(f"{tool} took more than {seconds:g} s: {output[-3000:]}")
     if "Device not supported" in output:

@@ -180,6 +180,37 @@ def test_a_sanitizer_without_a_result_is_a_failure(does, message, tmp_path, monk
     assert time.monotonic() - start < 120
 
 
+def test_a_sanitizer_ends_with_an_interrupted_test(tmp_path, monkeypatch) -> None:
+    stand_in(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; sleep 300")
+
+    def interrupted(process: subprocess.Popen, **_: object) -> None:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sanitized("memcheck", "", kernels="diffmoe")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_what_time_stopped_is_told_apart_from_failures(tmp_path, monkeypatch, capsys) -> None:
+    told = {"late.py": (2, "1 passed\nstopped after 5 s"), "bad.py": (1, "1 failed"), "good.py": (0, "1 passed")}
+    monkeypatch.setattr(check, "build", lambda: (0, "built"))
+    monkeypatch.setattr(check, "run", lambda command, *_, **__: next(told[one] for one in told if one in command))
+    assert check.check(tmp_path / "gpu.json", 100.0, list(told), []) == 1
+    failed = capsys.readouterr().out.splitlines()[-1].partition("failed: ")[2].split(", ")
+    assert sorted(failed) == ["bad.py", "goals", "late.py (stopped by time)"]
+
+
+def test_parts_of_a_later_run(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(check, "check", lambda *arguments: asked.append(arguments) or 0)
+    check.main(["more.json", "--no-tests", "--parts", "extras", "models"])
+    assert asked == [(Path("more.json"), 500, [], ["models", "extras"])]
+
+
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
     """A compute-sanitizer first on the PATH."""
     (folder / "compute-sanitizer").write_text(f"#!/bin/sh\n{does}\n")
@@ -219,7 +250,7 @@ def test_every_part_has_a_process_and_a_failure_stops_nothing(tmp_path, monkeypa
 
 def test_results_are_named_after_the_gpu_and_the_day(monkeypatch, capsys) -> None:
     asked = []
-    monkeypatch.setattr(check, "check", lambda results, budget, tests: asked.append(results) or 0)
+    monkeypatch.setattr(check, "check", lambda results, *_: asked.append(results) or 0)
     monkeypatch.setattr(check, "run", lambda command, seconds: (0, "a warning\nNVIDIA H200 (NVL)"))
     assert check.main([]) == check.main(["here.json"]) == 0
     folder = check.ROOT / "benchmarks" / "results"

@@ -133,7 +133,8 @@ def test_weight_gradients_of_few_tiles(sizes) -> None:
         captured = weight_grad(a, b, offs, dtype=torch.float32)
     graph.replay()
     assert torch.equal(grad, again) and torch.equal(grad, captured)
-    assert torch.equal(grad == 0, exact == 0) and (grad - exact).norm() <= 1e-5 * exact.norm()
+    # Tensor cores cut off what they add in float32, which grows with the steps of a sum.
+    assert torch.equal(grad == 0, exact == 0) and (grad - exact).norm() <= 1e-4 * exact.norm()
 
 
 @pytest.mark.parametrize("descriptors", [False, True])

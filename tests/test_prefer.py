@@ -68,6 +68,16 @@ def test_what_says_nothing_about_a_choice(changes) -> None:
     assert prefer.rows(run(record("experts", "L-E16", "triton", 2.0), other), "f") == []
 
 
+def test_without_a_time_of_pytorch_nothing_is_preferred() -> None:
+    """As a run leaves it that ended before it got to that, in one case of the class too."""
+    ours = [record("unpermute", "L", "triton", 0.06), record("unpermute", "L", "cuda", 0.05)]
+    assert prefer.rows(run(*ours), "file") == []
+    assert (
+        prefer.rows(run(*ours, record("unpermute", "M", "torch", 0.1), record("unpermute", "M", "cuda", 0.05)), "")
+        == []
+    )
+
+
 def test_a_time_of_nothing_wins_nothing() -> None:
     """Of a median of 0, shorter than the clock tells, nobody knows how short it was."""
     nothing, rival = record("experts", "L-E16", "triton", 0.0), record("experts", "L-E16", "torch", 3.0)
