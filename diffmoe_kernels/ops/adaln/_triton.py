@@ -128,10 +128,10 @@ def _adaln_bwd_kernel(
         mask = in_rows[:, None] & (columns < D)[None, :]
         at = (sample * num_tokens + tokens)[:, None] * D + columns[None, :]
         # All that a step reads is under way before its first sum, which waits for every warp.
-        if grad_stream is not None:
-            streamed = tl.load(grad_stream + at, mask=mask, other=0.0)
         if gate is not None:
             branch = tl.load(y + at, mask=mask, other=0.0)
+        if grad_stream is not None:
+            streamed = tl.load(grad_stream + at, mask=mask, other=0.0)
         if scale is not None:
             values = tl.load(stream + at, mask=mask, other=0.0)
             grads = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
