@@ -122,16 +122,16 @@ def _adaln_bwd_kernel(
             factors *= _load_vector(weight, columns, D)
         by_shift = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         by_factor = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(0, min(TOKENS, num_tokens - first), BLOCK_N):
+    for start in range(0, TOKENS, BLOCK_N):
         tokens = first + start + tl.arange(0, BLOCK_N)
         in_rows = tokens < num_tokens
         mask = in_rows[:, None] & (columns < D)[None, :]
         at = (sample * num_tokens + tokens)[:, None] * D + columns[None, :]
         # All that a step reads is under way before its first sum, which waits for every warp.
-        if gate is not None:
-            branch = tl.load(y + at, mask=mask, other=0.0)
         if grad_stream is not None:
             streamed = tl.load(grad_stream + at, mask=mask, other=0.0)
+        if gate is not None:
+            branch = tl.load(y + at, mask=mask, other=0.0)
         if scale is not None:
             values = tl.load(stream + at, mask=mask, other=0.0)
             grads = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
