@@ -328,7 +328,8 @@ def test_a_spent_budget_starts_nothing(tmp_path, monkeypatch, capsys) -> None:
 def test_files_with_tests_for_a_gpu_are_found(tmp_path) -> None:
     (tmp_path / "tests" / "ops").mkdir(parents=True)
     marked = "@pytest.mark." + "gpu\ndef test(): ..."
-    for name, text in (("tests/test_b.py", marked), ("tests/ops/test_a.py", marked), ("tests/test_c.py", "")):
+    names = ("tests/test_b.py", "tests/ops/test_a.py", "tests/test_gpu_parity.py")
+    for name, text in (*((name, marked) for name in names), ("tests/test_c.py", "")):
         (tmp_path / name).write_text(text)
-    assert check.gpu_tests(tmp_path) == ["tests/ops/test_a.py", "tests/test_b.py"]
+    assert check.gpu_tests(tmp_path) == ["tests/test_gpu_parity.py", "tests/ops/test_a.py", "tests/test_b.py"]
     assert {"tests/test_gpu.py", "tests/models/test_latents.py"} <= set(check.gpu_tests())
