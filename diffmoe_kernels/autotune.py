@@ -1,11 +1,11 @@
 """Opt-in search for the best tiles of the grouped products and of attention, with its results on disk.
 
 Off by default: kernels take what their op's `tiles.py` picks. With ``DIFFMOE_AUTOTUNE=1`` in the environment the first
-call of each kernel at a new shape class times the candidates on the data at hand, most of it compiling, and notes the
-fastest in ``tiles.json``, which later calls and later processes read. What stands there first holds: all processes that
-can write the file, ranks that search at the same time too, take the same tile for a key, and with it the same order of
-summation. It lies in ``DIFFMOE_CACHE_DIR``, or ``diffmoe-kernels`` in the user's cache directory. Nothing is searched
-while a CUDA graph is captured: run a step before.
+call of each kernel at a new shape class compiles the candidates, on all cores that the process may use, times them on
+the data at hand and notes the fastest in ``tiles.json``, which later calls and later processes read. What stands there
+first holds: all processes that can write the file, ranks that search at the same time too, take the same tile for a
+key, and with it the same order of summation. It lies in ``DIFFMOE_CACHE_DIR``, or ``diffmoe-kernels`` in the user's
+cache directory. Nothing is searched while a CUDA graph is captured: run a step before.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from diffmoe_kernels.triton_support import HAS_TRITON, device_name
+from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED, device_name
 
 if HAS_TRITON:
     import triton
@@ -62,7 +63,8 @@ def best_tile(
         shape_class: what else decides which tile is best: sizes, dtype, options; of plain numbers and strings.
         default: the tile where nothing is searched.
         candidates: tried once per shape class, device and version of Triton; those that do not fit are passed over.
-        launch: runs the kernel with a tile on the data at hand; called many times, so it must not change its inputs.
+        launch: runs the kernel with a tile on the data at hand; called many times, from other threads too, so it must
+            not change its inputs.
     """
     if not is_on():
         return default
@@ -73,23 +75,41 @@ def best_tile(
     if key not in _read[file]:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return default
-        times = {tile: _time(launch, tile) for tile in dict.fromkeys((default, *candidates))}
-        best = min(times, key=times.get)
-        if times[best] == float("inf"):
+        times = {tile: _time(launch, tile) for tile in _that_run(launch, [*dict.fromkeys((default, *candidates))])}
+        if not times:
             launch(default)  # raises what is wrong with it
-        _note(file, key, best)
+        _note(file, key, min(times, key=times.get))
     try:
         return type(default)(**_read[file][key])
     except TypeError as error:
         raise _broken(file, error) from error
 
 
+def _that_run(launch: Callable[[TileT], object], tiles: list[TileT]) -> list[TileT]:
+    """Those that the device and the compiler can take, launched once.
+
+    Nine tenths of compiling are the compiler's own code and ptxas, beside which other threads of Python run.
+    """
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None  # a thread begins on another, recording
+
+    def runs(tile: TileT) -> bool:
+        try:
+            with torch.no_grad(), torch.cuda.stream(stream):
+                launch(tile)
+        except (OutOfResources, CompilationError, PTXASError, RuntimeError):  # the last: a pass of the compiler failed
+            return False
+        return True
+
+    first, *others = tiles
+    first_runs = runs(first)  # alone: what Triton keeps for a kernel is made by its first launch
+    # The interpreter runs a kernel by patching the language, for all threads.
+    cores = 1 if INTERPRETED else len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as pool:
+        return [tile for tile, can in zip(tiles, (first_runs, *pool.map(runs, others)), strict=True) if can]
+
+
 def _time(launch: Callable[[TileT], object], tile: TileT) -> float:
-    """Median milliseconds of a launch; infinite for a tile that the device or the compiler can't take."""
-    try:
-        launch(tile)
-    except (OutOfResources, CompilationError, PTXASError, RuntimeError):  # the last: a pass of the compiler that failed
-        return float("inf")
+    """Median milliseconds of a launch."""
     return triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20, return_mode="median")
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -220,6 +223,40 @@ def test_tiles_that_the_compiler_fails_on_are_passed_over(searching):
 
     with pytest.raises(RuntimeError, match="PassManager"):
         autotune.best_tile("rows", (2,), DEFAULT, [FAST], never)
+
+
+def test_candidates_compile_at_once(searching, monkeypatch):
+    """The default by itself in the caller's thread, then as many as there are cores, on the caller's stream."""
+    monkeypatch.setattr(autotune, "INTERPRETED", False)
+    monkeypatch.setattr(autotune, "device_name", lambda: "a GPU")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+    streams: dict[int, str] = {}
+
+    @contextmanager
+    def on_stream(stream):
+        streams[threading.get_ident()] = stream
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    together = threading.Barrier(3, timeout=60)  # breaks unless all three launches of candidates are under way
+    compiled: dict[Tile, int] = {}
+
+    def launch(tile: Tile) -> None:
+        if tile not in compiled:
+            assert streams[threading.get_ident()] == "the caller's" and not torch.is_grad_enabled()
+            compiled[tile] = threading.get_ident()
+            if tile != DEFAULT:
+                together.wait()
+            if tile == BIG:
+                raise OutOfResources(300_000, 232_448, "shared memory")
+        searching.append(tile)
+
+    assert autotune.best_tile("rows", (1,), DEFAULT, [FAST, SLOW, BIG], launch) == FAST
+    assert next(iter(compiled)) == DEFAULT and compiled[DEFAULT] == threading.get_ident()
+    assert len(set(compiled.values())) == 4
 
 
 def test_a_folder_that_can_not_be_written_costs_a_warning(searching, monkeypatch, tmp_path):
