@@ -27,28 +27,49 @@ def grouped_gemm_torch(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor |
 
 def multiply_rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
     """(R, K), (E, K, N) -> (R, N), 0 past the last group; there the gradient of x is uninitialised."""
+    if not pads_groups(x):
+        return _reached(multiply_groups(x, w, offs, bias), offs, 0)
+    places, offs_padded = pad_groups(offs, x.shape[0])
+    padded = x.new_zeros(padded_rows(x.shape[0], offs), x.shape[1]).index_copy(0, places.long(), x)
+    return _reached(multiply_groups(padded, w, offs_padded, bias).index_select(0, places), offs, 0)
+
+
+def multiply_groups(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
+    """The same with anything past the last group, which gets no bias and gives it no gradient."""
     offs = offs.int()  # a record may have others
-    out = _multiply_padded(x, w, offs) if x.device.type == "cpu" else _multiply(x, w, offs)
+    out = F.grouped_mm(_aligned(x, 0), _aligned(w, None), offs=offs)
+    if not pads_groups(x):  # else its gradient is new memory, laid out well
+        out = _AlignedGradient.apply(out, 0)  # breaks Dynamo where a size comes from a float
     if bias is not None:
-        group = torch.searchsorted(offs, _arange(x.shape[0], offs), right=True).clamp(max=offs.shape[0] - 1)
-        out = out + bias.index_select(0, group)
-    return _reached(out, offs, 0)
+        group = torch.searchsorted(offs, _arange(x.shape[0], offs), right=True)  # past the last one there is one more
+        out = out + F.pad(bias, (0, 0, 0, 1)).index_select(0, group)
+    return out
 
 
-def _multiply(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-    return _AlignedGradient.apply(F.grouped_mm(_aligned(x, 0), _aligned(w, None), offs=offs), 0)
+def pads_groups(x: Tensor) -> bool:
+    """Whether products of x want `pad_groups`."""
+    return x.device.type == "cpu"
 
 
-def _multiply_padded(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-    """The same with zero rows added to small groups, so that a row's bits do not depend on how many are with it."""
+def padded_rows(num_rows: int, offs: Tensor) -> int:
+    """How many rows there are at most once `pad_groups` has made room."""
+    return num_rows + _FEWEST_ROWS * len(offs)
+
+
+def pad_groups(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Where rows lie once small groups have room for more, so that a row's bits do not depend on how many are with it.
+
+    Returns:
+        places: (R,), of rows past the last group, too.
+        offs: (E,), where the groups end then.
+    """
+    offs = offs.int()
     sizes = offs.diff(prepend=offs.new_zeros(1))
     added = (_FEWEST_ROWS - sizes).clamp(min=0).where(sizes > 0, 0)
     added_before = F.pad(added.cumsum(0, dtype=offs.dtype), (1, 0))  # (E + 1,), the last for rows past all groups
-    rows = _arange(x.shape[0], offs)
+    rows = _arange(num_rows, offs)
     places = rows + added_before.index_select(0, torch.searchsorted(offs, rows, right=True))
-    padded = x.new_zeros(x.shape[0] + _FEWEST_ROWS * len(offs), x.shape[1]).index_copy(0, places.long(), x)
-    # Its gradient is new memory, laid out well. (A Function here breaks Dynamo where a size comes from a float.)
-    return F.grouped_mm(_aligned(padded, 0), _aligned(w, None), offs=offs + added_before[1:]).index_select(0, places)
+    return places, offs + added_before[1:]
 
 
 def why_not(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> str | None:

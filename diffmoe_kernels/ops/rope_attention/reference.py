@@ -48,9 +48,14 @@ def prepare_qkv(
         q = normalize(q, qk_norm, *q_norm, norm_eps)
         k = normalize(k, qk_norm, *k_norm, norm_eps)
     if rope is not None:
-        q = torch.cat([q[:, :num_prefix_tokens], rotate(q[:, num_prefix_tokens:], cos, sin, rope)], dim=1)
-        k = torch.cat([k[:, :num_prefix_tokens], rotate(k[:, num_prefix_tokens:], cos, sin, rope)], dim=1)
+        q, k = (_rotate_after(num_prefix_tokens, heads, cos, sin, rope) for heads in (q, k))
     return q, k, v
+
+
+def _rotate_after(num_prefix_tokens: int, x: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
+    if num_prefix_tokens == 0:
+        return rotate(x, cos, sin, rope)
+    return torch.cat([x[:, :num_prefix_tokens], rotate(x[:, num_prefix_tokens:], cos, sin, rope)], dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
@@ -59,9 +64,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
     Pair j is (j, j + d/2) for "1d"; (j, j + d/4) within each half of the channels for "2d"; (2j, 2j + 1) for
     "2d_interleaved".
     """
-    pattern = {"1d": (1, 2, -1), "2d": (2, 2, -1), "2d_interleaved": (1, -1, 2)}[rope]
-    pairs = x.unflatten(-1, pattern)
-    pair_dim = -1 if rope == "2d_interleaved" else -2
-    first, second = pairs.unbind(pair_dim)  # each (B, N, H, halves, d / 2 / halves)
-    cos, sin = (table.to(x).view(table.shape[0], 1, *first.shape[-2:]) for table in (cos, sin))
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=pair_dim).flatten(-3)
+    pattern, of_table, pair_dim = {
+        "1d": ((1, 2, -1), (1, 1, -1), -2),
+        "2d": ((2, 2, -1), (2, 1, -1), -2),
+        "2d_interleaved": ((1, -1, 2), (1, -1, 1), -1),
+    }[rope]
+    others = x.unflatten(-1, pattern).roll(1, pair_dim).flatten(-3)  # at each channel the other of its pair
+    cos, sin = (table.to(x).unflatten(-1, of_table) for table in (cos, sin))
+    cos = torch.cat([cos, cos], pair_dim).flatten(-3).unsqueeze(1)  # (N, 1, d)
+    sin = torch.cat([-sin, sin], pair_dim).flatten(-3).unsqueeze(1)
+    return x * cos + others * sin
