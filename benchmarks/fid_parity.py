@@ -38,11 +38,13 @@ DIGITS: dict[str, Any] = {
     **{"steps": 1200, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.995},
     **{"checkpoint_every": 500, "num_samples": 500, "sample_method": "euler", "sample_steps": 50},
 }
-LARGE: dict[str, Any] = {
+LARGE: dict[str, Any] = {  # as the latent models were trained whose FIDs are published, see `NOTES_OF_FID`
     "models": ["DiT-L/2", "DSMoE-L-E16", "DSMoE-L-E48", "DiffMoE-L-E16"],
-    **{"steps": 700_000, "batch_size": 256, "learning_rate": 1e-4, "ema_decay": 0.9999},
+    **{"steps": 700_000, "batch_size": 512, "learning_rate": 1e-4, "ema_decay": 0.9999},
     **{"checkpoint_every": 10_000, "num_samples": 50_000},
 }
+LARGE_TRAINING: dict[str, Any] = {"grad_clip": None, "warmup_steps": 0}
+EULER_STEPS = 250  # of theirs
 NOT_OF_RESULTS = ("output", "overwrite", "jobs", "workers", "device", "checkpoint_every")
 RECORDS = 120  # of the loss, in a run
 PART_SIZE = 5120  # samples that a stop loses at most; whole batches, since DiffMoE's samples depend on theirs
@@ -69,6 +71,7 @@ class ParityConfig:
     seeds: int = option(3, "runs of each model, seeded 0, 1, ...; one has no spread, and no verdict")
     steps: int | None = _by_data("steps", "optimizer steps of every run")
     batch_size: int | None = _by_data("batch_size", "images per step", alias="batch")
+    accumulation: int = option(1, "parts of a batch, one after another; DiffMoE's experts choose within a part")
     learning_rate: float | None = _by_data("learning_rate", "of all models")
     ema_decay: float | None = _by_data("ema_decay", "decay of the averaged weights, which samples come from")
     checkpoint_every: int | None = _by_data("checkpoint_every", "steps between checkpoints of a run")
@@ -76,7 +79,9 @@ class ParityConfig:
     compile: bool = option(False, "train with torch.compile")
     num_samples: int | None = _by_data("num_samples", "samples of each run, as many of each class")
     sample_method: Method | None = option(None, "sampler; euler for the digits, else the objective's usual one")
-    sample_steps: int | None = option(None, "its steps; 50 for the digits, else as usual for the sampler")
+    sample_steps: int | None = option(
+        None, f"its steps; 50 for the digits, {EULER_STEPS} for latents by euler, else as usual for the sampler"
+    )
     cfg_scale: float = option(1.0, "guidance of the samples, 1 for none")
     inception: str | None = option(None, "file of Inception's weights, for FID; it stays unmeasured without")
     reference: str | None = option(None, ".npz of the reference batch's statistics, as ADM ships it, for FID")
@@ -143,7 +148,10 @@ def dense_counterpart(name: str) -> str | None:
 def make_run(config: ParityConfig, model: str, seed: int) -> Run:
     """The run of a model and seed. Its samples' folder is named after all that they depend on besides the training."""
     folder = Path(config.output) / model.replace("/", "-") / f"seed-{seed}"
-    sampler = f"{config.sample_method or 'usual'}-{config.sample_steps or 'usual'}"
+    sample_steps = config.sample_steps
+    if sample_steps is None and config.sample_method in (None, "euler") and not _is_jit(model):
+        sample_steps = EULER_STEPS
+    sampler = f"{config.sample_method or 'usual'}-{sample_steps or 'usual'}"
     drawn = f"step-{config.steps}_{config.num_samples}_cfg-{config.cfg_scale:g}_{sampler}"
     train = TrainConfig(
         model=model,
@@ -152,6 +160,7 @@ def make_run(config: ParityConfig, model: str, seed: int) -> Run:
         seed=seed,
         steps=config.steps,
         batch_size=config.batch_size,
+        accumulation=config.accumulation,
         learning_rate=config.learning_rate,
         ema_decay=config.ema_decay,
         precision=config.precision,
@@ -162,7 +171,8 @@ def make_run(config: ParityConfig, model: str, seed: int) -> Run:
         checkpoint_every=config.checkpoint_every,
         sample_every=config.steps,
         sample_method=config.sample_method,
-        sample_steps=config.sample_steps,
+        sample_steps=sample_steps,
+        **({} if config.is_digits else LARGE_TRAINING),
     )
     sample = SampleConfig(
         checkpoint=str(folder),
@@ -171,7 +181,7 @@ def make_run(config: ParityConfig, model: str, seed: int) -> Run:
         num_samples=config.num_samples,
         part_size=PART_SIZE,
         method=config.sample_method,
-        steps=config.sample_steps,
+        steps=sample_steps,
         cfg_scale=config.cfg_scale,
         seed=seed,
         precision=config.precision,
@@ -208,6 +218,12 @@ def run_parity(config: ParityConfig) -> str | None:
     return _write(config, device, runs, results, scorer, data)
 
 
+def _is_jit(name: str) -> bool:
+    """Whether a model is trained by JiT's objective."""
+    with torch.device("meta"):
+        return isinstance(objective_for(create_model(name)), JiTFlow)
+
+
 def _result(name: str, runs: Sequence[Run], data: DataSplits, scorer: Scorer) -> ModelResult:
     seeds = []
     for run in runs:
@@ -232,10 +248,8 @@ def _write(
     output = Path(config.output)
     panels: dict[str, dict[str, list]] = {}
     for name in config.models:
-        is_jit = isinstance(objective_for(_on_meta(name, data)), JiTFlow)
-        panels.setdefault("JiT's objective" if is_jit else "rectified flow", {})[name] = [
-            run.records() for run in runs[name]
-        ]
+        panel = panels.setdefault("JiT's objective" if _is_jit(name) else "rectified flow", {})
+        panel[name] = [run.records() for run in runs[name]]
     save_seed_curves(output / "loss.png", panels)
     scorer.save_grid(output / "samples.png", {name: runs[name][0].archive for name in config.models})
     origin = f"`{config.command()}`, {machine(device)}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import fid_parity
-from benchmarks.fid_parity import ParityConfig, dense_counterpart, main
+from benchmarks.fid_parity import ParityConfig, dense_counterpart, main, make_run
 from benchmarks.parity import runs as parity_runs
 from benchmarks.parity import scoring
 from benchmarks.parity.report import ModelResult, SeedResult, comparisons, format_report
@@ -98,10 +98,22 @@ def test_defaults_are_those_of_the_data():
     assert (digits.seeds, digits.batch_size, digits.num_samples) == (3, 64, 500)
     assert len(digits.models) == 5 and digits.cfg_scale == 1.0
     assert latents.models == ["DiT-L/2", "DSMoE-L-E16", "DSMoE-L-E48", "DiffMoE-L-E16"]
-    assert (latents.steps, latents.batch_size, latents.num_samples, latents.cfg_scale) == (5, 256, 50_000, 1.0)
+    assert (latents.steps, latents.batch_size, latents.num_samples, latents.cfg_scale) == (5, 512, 50_000, 1.0)
     assert latents.seeds == 3
     assert digits.command() == "python -m benchmarks.fid_parity"
     assert latents.command() == "python -m benchmarks.fid_parity --data latents --steps 5"
+
+
+def test_latent_models_are_trained_and_sampled_as_published():
+    latents = make_run(ParityConfig(data="latents"), "DSMoE-L-E16", 0)
+    assert (latents.train.grad_clip, latents.train.warmup_steps, latents.train.weight_decay) == (None, 0, 0.0)
+    assert (latents.train.batch_size, latents.train.sample_steps, latents.sample.steps) == (512, 250, 250)
+    assert "usual-250" in latents.sample.join
+    assert make_run(ParityConfig(data="latents", sample_method="heun"), "DSMoE-L-E16", 0).sample.steps is None
+    images = make_run(ParityConfig(data="photos", models=["JiT-B/16"], accumulation=2), "JiT-B/16", 0)
+    assert (images.sample.steps, images.train.accumulation) == (None, 2)
+    digits = make_run(ParityConfig(), "DSMoE-digits", 0)
+    assert (digits.train.grad_clip, digits.train.warmup_steps, digits.sample.steps) == (1.0, 100, 50)
 
 
 def result(model, distances, **score):

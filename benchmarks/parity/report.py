@@ -31,8 +31,9 @@ NOTES_OF_FID = """FID by DiT's protocol, lower is better. The .npz of every run 
 floor: of as many training images, unmirrored, latents decoded: what a model of them can aim at. KID: of the same
 features, over 100 subsets of 1,000, mean of the seeds; a reference of statistics alone has none.
 published: FID-50K of 256x256 ImageNet as the DSMoE and JiTMoE authors report it (github.com/yhlleo/EfficientMoE), the
-latent models at guidance 1 after 700,000 steps, DiffMoE as they reproduced it. JiT and JiTMoE are guided within an
-interval after 200 epochs and measured against other statistics: do not compare those with what is measured here."""
+latent models at guidance 1 after 700,000 steps of 512 images by 250 steps of Euler, DiffMoE as they reproduced it;
+their Inception reads images unrounded and resized another way, by how much that moves FID is not measured. JiT and
+JiTMoE are guided within an interval after 200 epochs and measured against other statistics: do not compare those."""
 
 
 @dataclass(frozen=True)
