@@ -41,7 +41,7 @@ class DSMoEConfig(MixtureConfig):
     rope: str | None = "2d"
     norm: str = "layernorm"
     num_kv_heads: int | None = None
-    balance: Balance | str | None = None
+    balance: Balance | dict[str, float] | str | None = None
     capacity_factor: float | None = None
     masked_group_fill: float = -math.inf
 

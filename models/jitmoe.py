@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from diffmoe_kernels import MoE, MoEAux, RoPEAttention, ops
+from diffmoe_kernels import Balance, MoE, MoEAux, RoPEAttention, ops
 from diffmoe_kernels.modules import FeedForward
 from models.dit import DiT, DiTConfig, ModelAux, check_least
 from models.layers import AdaLNModulation, BottleneckPatchEmbed, FinalLayer, LabelEmbedder, unpatchify
@@ -25,6 +25,7 @@ class JiTConfig(DiTConfig):
             experts are SwiGLU with biases; 0 experts make a dense JiT.
         shared_expert: add an expert of the same width that sees every token; False adds the layer's input instead.
         expert_dropout: on the experts' activation, in training.
+        balance: see `MoE`; None as officially.
         masked_group_fill: 0.0 is the official code's, see `ops.router_topk`.
     """
 
@@ -46,6 +47,7 @@ class JiTConfig(DiTConfig):
     scaling_factor: float = 2.5
     shared_expert: bool = True
     expert_dropout: float = 0.0
+    balance: Balance | dict[str, float] | str | None = None
     masked_group_fill: float = float("-inf")
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class JiTBlock(nn.Module):
                 num_groups=config.num_groups,
                 top_groups=config.top_groups,
                 shared_intermediate_size=config.moe_intermediate_size if config.shared_expert else 0,
+                balance=config.balance,
                 dropout=config.expert_dropout,
                 backend=config.backend,
                 masked_group_fill=config.masked_group_fill,

@@ -83,6 +83,15 @@ def build_config(config_class: type[Config], arguments: Any) -> Config:
     return config_class(**{spec.name: arguments[spec.name] for spec in dataclasses.fields(config_class)})
 
 
+def plain(value: Any) -> Any:
+    """A value as a YAML file gives it back: lists for tuples, mappings for dataclasses."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def to_yaml(config: Any) -> str:
     """A config as YAML that `--config` takes back."""
     import yaml

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,19 @@ class Balance:
         for name in ("bias_rate", "loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+
+    @staticmethod
+    def of(balance: Balance | Mapping[str, float] | str | None) -> Balance:
+        """Each form in which `MoE` takes it. Raises ValueError for another."""
+        if isinstance(balance, Balance):
+            return balance
+        if isinstance(balance, Mapping) and balance and set(balance) <= {"bias_rate", "loss_weight"}:
+            return Balance(**balance)
+        if balance is None or isinstance(balance, str) and balance in _BALANCE:
+            return _BALANCE[balance]
+        raise ValueError(
+            f"balance: expected None, 'bias', 'loss' or a Balance, such as {{'bias_rate': 0.001}}, got {balance!r}"
+        )
 
 
 _BALANCE = {None: Balance(), "bias": Balance(bias_rate=1e-3), "loss": Balance(loss_weight=1e-2)}
@@ -76,7 +89,7 @@ class MoE(nn.Module):
         shared_intermediate_size: width of an expert that sees every token, added unscaled; 0 for none.
         capacity_factor: an expert keeps at most int(top_k * T / E * capacity_factor) of a batch's T tokens and drops
             those of the lowest weight, in training and in evaluation; None keeps all.
-        balance: None, "bias" (rate 0.001), "loss" (weight 0.01) or a `Balance`.
+        balance: None, "bias" (rate 0.001), "loss" (weight 0.01), or a `Balance`, also as a mapping of its fields.
         dropout: on the activation, in training.
         backend: of the router and the experts, which have no "cuda"; see `diffmoe_kernels.backend`.
         masked_group_fill: score of the experts of groups that were not chosen; see `ops.router_topk`.
@@ -101,7 +114,7 @@ class MoE(nn.Module):
         top_groups: int = 1,
         shared_intermediate_size: int = 0,
         capacity_factor: float | None = None,
-        balance: Balance | str | None = None,
+        balance: Balance | Mapping[str, float] | str | None = None,
         dropout: float = 0.0,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
@@ -113,13 +126,9 @@ class MoE(nn.Module):
         check_sizes(0, shared_intermediate_size=shared_intermediate_size)
         if capacity_factor is not None and not capacity_factor > 0:
             raise ValueError(f"capacity_factor: expected None or a number above 0, got {capacity_factor}")
-        if not isinstance(balance, Balance):
-            if balance is not None and not isinstance(balance, str) or balance not in _BALANCE:
-                raise ValueError(f"balance: expected None, 'bias', 'loss' or a Balance, got {balance!r}")
-            balance = _BALANCE[balance]
         self.hidden_size = hidden_size
         self.capacity_factor = capacity_factor
-        self.balance = balance
+        self.balance = Balance.of(balance)
         factory = {"device": device, "dtype": dtype}
         network = {"activation": activation, "bias": bias, "dropout": dropout, **factory}
         self.router = TopKRouter(

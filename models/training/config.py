@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.objectives import Method, ObjectiveName
-from models.options import default_of, flag, option, require
+from models.options import default_of, flag, option, plain, require
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("model_options", "objective_options"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         counts = ("steps", "batch_size", "accumulation", "sample_rows", "keep_checkpoints")
         for name in (*counts, "log_every", "checkpoint_every", "sample_every"):
             require(self, name, getattr(self, name) >= 1, "at least 1")

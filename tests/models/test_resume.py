@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from diffmoe_kernels import Balance
 from models.train import main, parse
 from models.training.batches import ShuffledBatches
 from models.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
@@ -50,6 +51,22 @@ def newest(run: Path) -> dict:
     for name in changeable:
         del state["train_config"][name]
     return state
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("DSMoE-digits", {"balance": Balance(bias_rate=0.01), "moe_intermediate_size": 8}),
+        ("JiTMoE-digits", {"balance": {"loss_weight": 0.1}, "moe_intermediate_size": 8, "context_start": 1}),
+        ("DiffMoE-digits", {"capacity_schedule": (1, 3)}),
+    ],
+)
+def test_options_from_python_resume_from_the_command_line(tmp_path, model, options):
+    sizes = {"hidden_size": 16, "depth": 2, "num_heads": 2, "num_experts": 4}
+    config = replace(tiny(tmp_path / "run", steps=1), model=model, model_options=sizes | options)
+    Trainer(config).fit()
+    assert main(["--resume", "--output", config.output, "--steps", "2"]) == 0
+    assert load_newest(tmp_path / "run")[1]["step"] == 2
 
 
 def test_the_optimizer_is_the_devices_own(tmp_path):
