@@ -129,9 +129,8 @@ class Trainer:
         self.times: list[float] = []  # seconds that those of them took that this process has done
         if saved:
             self._restore(*saved)
-        if config.compile:
-            for block in self.model.blocks:  # those of one kind share a compilation; a whole model's takes minutes
-                block.compile()
+        self.compiled = False
+        self._compile()
 
         self.run.mkdir(parents=True, exist_ok=True)
         self.lock = run_lock(self.run)  # until `fit` ends, or until this is gone
@@ -189,6 +188,7 @@ class Trainer:
         """
         if hasattr(self.model, "set_training_step"):  # a capacity schedule
             self.model.set_training_step(self.step)
+            self._compile()
         check_labels(labels, self.model.num_classes)  # before they are on a GPU, where that is harder to read
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         images = images if self.data.draw is None else self.data.draw(images)
@@ -273,6 +273,15 @@ class Trainer:
             "window": [dataclasses.astuple(stats) for stats in self.window],
             "environment": self._environment(),
         }
+
+    def _compile(self) -> None:
+        """Compiles the blocks if that is asked for, once a scheduled capacity, a constant to the compiler, is final."""
+        schedule = getattr(self.model.config, "capacity_schedule", None)
+        if not self.config.compile or self.compiled or schedule and self.step < schedule[1]:
+            return
+        for block in self.model.blocks:  # those of one kind share a compilation; a whole model's takes minutes
+            block.compile()
+        self.compiled = True
 
     def _found(self) -> tuple[bool, list[Path]]:
         """Whether the directory holds a run's options, and its checkpoints."""

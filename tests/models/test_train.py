@@ -375,6 +375,20 @@ def test_blocks_are_compiled_one_by_one(tmp_path, monkeypatch):
     assert resumed.fit().step == 3 and len(compiled) == len(trainer.model.blocks)
 
 
+def test_blocks_are_compiled_once_their_capacity_is_final(tmp_path, monkeypatch):
+    """Else each step of a schedule would be compiled anew, up to torch.compile's limit."""
+    compiled_at: list[int] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled_at.append(trainer.step))
+    sizes = {"hidden_size": 16, "depth": 2, "num_heads": 2, "capacity_schedule": [1, 3]}
+    config = TrainConfig("DiffMoE-digits", output=str(tmp_path / "run"), model_options=sizes, steps=5, compile=True)
+    trainer = Trainer(config)
+    trainer.fit()
+    assert compiled_at == [3, 3]
+    trainer = Trainer(replace(config, steps=6), resume=True)
+    trainer.fit()
+    assert compiled_at == [3, 3, 5, 5]
+
+
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="WORLD_SIZE is 8, .*in one process: start .* without torchrun"):
