@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe_kernels import ops
@@ -86,7 +87,7 @@ def _activation(experts: nn.Module) -> str:
         raise NotImplementedError(f"{kind}: it normalises after each expert; take another implementation")
     if has_gate and type(experts)._apply_gate is not _default_apply_gate:
         raise NotImplementedError(f"{kind}: its gate is its own; take another implementation")
-    function = _ACTIVATIONS.get(type(experts.act_fn).__name__)
+    function = "silu" if experts.act_fn is F.silu else _ACTIVATIONS.get(type(experts.act_fn).__name__)
     if function == "silu":
         return "swiglu" if has_gate else "silu"
     if function is None or has_gate:

@@ -253,5 +253,9 @@ def for_kernels(routing: Routing) -> Routing:
     return Routing(token_indices, routing.gates.to(torch.float32).contiguous(), *offsets)
 
 
-# Lets torch.compile, activation checkpointing and FSDP2 see the tensors inside.
-_pytree.register_dataclass(Routing)
+def register_record(kind: type) -> None:
+    """Lets torch.compile, torch.export, activation checkpointing and FSDP2 see the tensors inside a dataclass."""
+    _pytree.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+
+
+register_record(Routing)

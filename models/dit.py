@@ -13,6 +13,7 @@ from diffmoe_kernels import ExpertChoiceAux, ExpertChoiceMoE, MoE, MoEAux, RoPEA
 from diffmoe_kernels.backend import Backend
 from diffmoe_kernels.checks import as_records, check_floating, check_integer, check_shape
 from diffmoe_kernels.modules import ExpertChoiceRouter, Experts, FeedForward, TopKRouter
+from diffmoe_kernels.routing import register_record
 from models.layers import (
     AdaLNModulation,
     FinalLayer,
@@ -139,6 +140,9 @@ class ModelAux:
         """() float32: the weighted sum of the layers' auxiliary losses, or None where there are none."""
         losses = [layer.loss for layer in self.layers if layer is not None and layer.loss is not None]
         return self.loss_weight * torch.stack(losses).sum() if losses else None
+
+
+register_record(ModelAux)
 
 
 class DiTBlock(nn.Module):

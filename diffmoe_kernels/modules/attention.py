@@ -163,19 +163,22 @@ class RoPEAttention(nn.Module):
         tables = self._cos_float16, self._sin_float16
         return tables if all(one is not None and one.dtype == torch.float16 for one in tables) else None
 
-    def reset_tables(self) -> None:
-        """Computes the rotary tables anew, on the device of the parameters."""
+    def reset_parameters(self) -> None:
+        """Computes the rotary tables anew where they lie; its submodules have their own."""
+        self.reset_tables(None if self._cos is None else self._cos.device)
+
+    def reset_tables(self, device: torch.device | None = None) -> None:
+        """Computes the rotary tables anew, on the device of the parameters where None is given."""
         if self.rope is None or self.grid_size is None:
             return
         with torch.inference_mode(False):  # training may follow
-            self._cos, self._sin = ops.rope_table(
-                self.rope, self.head_dim, self.grid_size, device=self.proj.weight.device
-            )
+            device = self.proj.weight.device if device is None else device
+            self._cos, self._sin = ops.rope_table(self.rope, self.head_dim, self.grid_size, device=device)
             self._cos_float16, self._sin_float16 = self._cos.half(), self._sin.half()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.reset_tables()  # a cast would round the tables, to_empty leave them uninitialised
+        self.reset_parameters()  # a cast would round the tables, to_empty leave them uninitialised
         return self
 
     def extra_repr(self) -> str:

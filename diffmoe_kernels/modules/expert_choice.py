@@ -19,7 +19,7 @@ from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_ca
 from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.modules.router import ExpertChoiceRouter
 from diffmoe_kernels.ops.token_drop import RULES
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, register_record
 
 POOLS = ("batch", "sample")
 
@@ -40,6 +40,9 @@ class ExpertChoiceAux:
     num_dropped: Tensor
     loss: Tensor | None
     capacity_quantile: Tensor | None
+
+
+register_record(ExpertChoiceAux)
 
 
 class ExpertChoiceMoE(Float32Buffers):
@@ -101,8 +104,8 @@ class ExpertChoiceMoE(Float32Buffers):
         check_sizes(1, hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts)
         check_sizes(0, shared_intermediate_size=shared_intermediate_size)
         for name, factor in (("capacity_factor", capacity_factor), ("max_capacity_factor", max_capacity_factor)):
-            if factor is not None and not factor > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {factor}")
+            if factor is not None and not 0 < factor < math.inf:
+                raise ValueError(f"{name}: expected a finite number above 0, got {factor}")
         if not 0 <= threshold_decay < 1:
             raise ValueError(f"threshold_decay: expected a number in [0, 1), got {threshold_decay}")
         check_choice("pool", pool, POOLS)
@@ -117,7 +120,6 @@ class ExpertChoiceMoE(Float32Buffers):
         self.pool = pool
         self.inference = inference
         self.max_capacity_factor = max_capacity_factor
-        self.backend = check_backend(backend)
         factory = {"device": device, "dtype": dtype}
         network = {"activation": activation, "bias": bias, **factory}
         self.router = ExpertChoiceRouter(hidden_size, num_experts, **factory)
@@ -151,7 +153,8 @@ class ExpertChoiceMoE(Float32Buffers):
         Args:
             x: (..., N, D) floating; with pool "sample" the samples have N tokens each.
             residual: x's shape, added to the result in the combine.
-            return_aux: return (y, `ExpertChoiceAux`) instead of y.
+            return_aux: return (y, `ExpertChoiceAux`) instead of y. Under activation checkpointing the record's loss
+                has a gradient with ``use_reentrant=False`` only.
 
         Returns:
             y: x's shape, in x's dtype or autocast's, or in the residual's where that is wider.
@@ -173,12 +176,15 @@ class ExpertChoiceMoE(Float32Buffers):
         return (y, self._aux(tokens, routing, num_dropped)) if return_aux else y
 
     @torch.no_grad()
-    def update_routing_state(self, aux: ExpertChoiceAux | Sequence[ExpertChoiceAux]) -> None:
+    def update_routing_state(
+        self, aux: ExpertChoiceAux | Sequence[ExpertChoiceAux], *, group: dist.ProcessGroup | None = None
+    ) -> None:
         """Moves the thresholds towards what training chose. The trainer calls it once per optimizer step.
 
         Args:
             aux: the record of the step's forward in training mode, or those of its micro-batches. Quantiles are
                 averaged over them, and the thresholds over the ranks where a process group is initialised.
+            group: the ranks that have this layer, where not all have; all where None.
 
         Raises:
             TypeError: another object than a record of this layer's kind or a sequence of them.
@@ -193,9 +199,21 @@ class ExpertChoiceMoE(Float32Buffers):
         decay = at_least_float32(self.threshold_decay)
         threshold = at_least_float32(self.expert_threshold) * decay + (1 - decay) * quantile
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(threshold)
-            threshold /= dist.get_world_size()
+            dist.all_reduce(threshold, group=group)
+            threshold /= dist.get_world_size(group)
         self.assign_buffer("expert_threshold", threshold)
+
+    @property
+    def backend(self) -> Backend:
+        """Of the choice and the experts."""
+        return self.experts.backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        self.experts.backend = check_backend(backend)
+
+    def extra_repr(self) -> str:
+        return f"capacity_factor={self.capacity_factor}, pool={self.pool}, inference={self.inference}"
 
     def _capacity(self, pool_size: int) -> int:
         return expert_capacity(pool_size, self.num_experts, self.capacity_factor)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe_kernels.checks import autocast_is_on
+from diffmoe_kernels.checks import autocast_is_on, autocast_off
 
 
 class Linear(nn.Linear):
@@ -25,7 +25,9 @@ def side_by_side(x: Tensor, *layers: nn.Module) -> Tensor:
     biases = [layer.bias for layer in layers if getattr(layer, "bias", None) is not None]
     if len(biases) not in (0, len(layers)) or not all(map(_is_plain, layers)):
         return torch.cat([layer(x) for layer in layers], dim=-1)
-    return _linear(x, torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
+    with autocast_off(x):  # which would have the other 16-bit type stop here
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None
+    return _linear(x, weight, bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffmoe_kernels import ops
-from diffmoe_kernels.backend import Backend
+from diffmoe_kernels.backend import Backend, check_backend
 from diffmoe_kernels.checks import as_records, at_least_float32, check_sizes
 from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_capacity, tokens_and_residual
 from diffmoe_kernels.modules.router import TopKRouter
-from diffmoe_kernels.routing import Routing
+from diffmoe_kernels.routing import Routing, register_record
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ class MoEAux:
     expert_load: Tensor
     num_dropped: Tensor
     loss: Tensor | None
+
+
+register_record(MoEAux)
 
 
 class MoE(nn.Module):
@@ -124,8 +127,8 @@ class MoE(nn.Module):
         super().__init__()
         check_sizes(1, hidden_size=hidden_size, intermediate_size=intermediate_size)
         check_sizes(0, shared_intermediate_size=shared_intermediate_size)
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"capacity_factor: expected None or a number above 0, got {capacity_factor}")
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor: expected None or a finite number above 0, got {capacity_factor}")
         self.hidden_size = hidden_size
         self.capacity_factor = capacity_factor
         self.balance = Balance.of(balance)
@@ -157,7 +160,8 @@ class MoE(nn.Module):
         Args:
             x: (..., D) floating.
             residual: x's shape, added to the result in the combine.
-            return_aux: return (y, `MoEAux`) instead of y.
+            return_aux: return (y, `MoEAux`) instead of y. Under activation checkpointing the record's loss has a
+                gradient with ``use_reentrant=False`` only.
 
         Returns:
             y: x's shape, in x's dtype or autocast's, or in the residual's where that is wider.
@@ -173,12 +177,13 @@ class MoE(nn.Module):
         return (y, self._aux(choice, num_dropped)) if return_aux else y
 
     @torch.no_grad()
-    def update_routing_state(self, aux: MoEAux | Sequence[MoEAux]) -> None:
+    def update_routing_state(self, aux: MoEAux | Sequence[MoEAux], *, group: dist.ProcessGroup | None = None) -> None:
         """Moves the selection bias against the load. The trainer calls it once per optimizer step.
 
         Args:
             aux: the record of the step's forward, or those of its micro-batches. Loads are summed over them, and over
                 the ranks where a process group is initialised.
+            group: the ranks that have this layer, where not all have; all where None.
 
         Raises:
             TypeError: another object than a record of this layer's kind or a sequence of them.
@@ -189,10 +194,22 @@ class MoE(nn.Module):
             return
         load = torch.stack([record.expert_load for record in records]).sum(0)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(load)
+            dist.all_reduce(load, group=group)
         # A checkpoint in half precision leaves a bias that would not feel the step.
         bias = at_least_float32(self.router.expert_bias)
         self.router.assign_buffer("expert_bias", bias + self.balance.bias_rate * (load.mean() - load).sign())
+
+    @property
+    def backend(self) -> Backend:
+        """Of the router and the experts, set together."""
+        return self.experts.backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        self.router.backend = self.experts.backend = check_backend(backend)
+
+    def extra_repr(self) -> str:
+        return f"capacity_factor={self.capacity_factor}, balance={self.balance}"
 
     def _bound(self, choice: ops.RouterTopK) -> tuple[Routing, Tensor | None]:
         """The routing within the experts' capacity, and how many choices that dropped; None where there is no bound."""

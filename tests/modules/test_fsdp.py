@@ -37,6 +37,76 @@ def test_gates_stay_float32_where_inputs_are_not_cast() -> None:
     assert done.stdout.split() == ["torch.float32", "True", "torch.float32"], done.stderr
 
 
+RECORDS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from diffmoe_kernels import ExpertChoiceMoE, MoE
+
+rank, file, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.moe = MoE(16, 16, 4, 2, balance="loss") if kind == "MoE" else ExpertChoiceMoE(16, 16, 4)
+
+    def forward(self, x):
+        y, aux = self.moe(self.linear(x), return_aux=True)
+        return x + y, aux
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x):
+        losses = []
+        for block in self.blocks:
+            x, aux = block(x)
+            losses.append(aux.loss)
+        return x, sum(losses)
+
+
+def gradients(net, x):
+    y, loss = net(x)
+    loss.backward(retain_graph=True)  # of the records alone: nothing else asks for the weights before
+    y.square().mean().backward()
+    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in net.parameters()]
+
+
+torch.manual_seed(0)
+net, x = Net(), torch.randn(8, 16)  # the same on both ranks
+expected = gradients(net, x)
+net.zero_grad()
+for block in net.blocks:
+    fully_shard(block.moe, mesh=mesh)
+fully_shard(net, mesh=mesh)
+for one, other in zip(gradients(net, x), expected):
+    torch.testing.assert_close(one, other)
+print("equal")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["MoE", "ExpertChoiceMoE"])
+def test_the_loss_in_a_record_reaches_sharded_weights(kind: str, tmp_path) -> None:
+    root = Path(__file__).parents[2]
+    commands = [[sys.executable, "-c", RECORDS, str(rank), str(tmp_path / "store"), kind] for rank in range(2)]
+    ranks = [
+        subprocess.Popen(one, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for one in commands
+    ]
+    for output, error in [one.communicate(timeout=300) for one in ranks]:
+        assert output.split() == ["equal"], error
+
+
 ATTENTION = """
 import sys
 import torch

@@ -85,6 +85,14 @@ def test_older_versions_lack_the_flags_of_what_they_did_not_have():
         assert torch.equal(experts_forward(experts, *inputs), expected)
 
 
+def test_silu_may_be_a_function():
+    inputs = torch.randn(5, 4), torch.randint(3, (5, 2)), torch.rand(5, 2)
+    experts = module()
+    expected = experts_forward(experts, *inputs)
+    experts.act_fn = nn.functional.silu
+    assert torch.equal(experts_forward(experts, *inputs), expected)
+
+
 def test_ungated_experts_with_biases():
     x, ids, weights = torch.randn(5, 4), torch.randint(3, (5, 1)), torch.rand(5, 1)
     up, down, up_bias, down_bias = torch.randn(3, 8, 4), torch.randn(3, 4, 8), torch.randn(3, 8), torch.randn(3, 4)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from diffmoe_kernels import Balance, MoE
+from diffmoe_kernels import Balance, ExpertChoiceMoE, MoE
 from diffmoe_kernels.testing import assert_close
 
 
@@ -35,11 +36,34 @@ def test_balance_loss_is_its_weight_when_even_and_more_when_not():
     assert hot.item() == pytest.approx(0.04)
 
 
-@pytest.mark.parametrize("balance, expected", [(None, (0, 0)), ("bias", (1e-3, 0)), ("loss", (0, 1e-2))])
-def test_balance_names(balance, expected):
+@pytest.mark.parametrize(
+    "balance, expected",
+    [
+        (None, (0, 0)),
+        ("bias", (1e-3, 0)),
+        ("loss", (0, 1e-2)),
+        ({"bias_rate": 0.1}, (0.1, 0)),  # as a file of options has it
+        (Balance(0.1, 0.2), (0.1, 0.2)),
+    ],
+)
+def test_forms_of_balance(balance, expected):
     layer = MoE(8, 16, 6, 2, balance=balance)
     assert (layer.balance.bias_rate, layer.balance.loss_weight) == expected
-    assert (layer(torch.randn(4, 8), return_aux=True)[1].loss is not None) == (balance == "loss")
+    assert (layer(torch.randn(4, 8), return_aux=True)[1].loss is not None) == (expected[1] > 0)
+
+
+def test_loads_are_summed_over_the_ranks_that_have_the_layer(monkeypatch):
+    """As under pipeline parallelism, where ranks have other layers."""
+    asked = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: asked.append(group))
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: {None: 4, "stage": 1}[group])
+    for layer in (MoE(8, 16, 4, 2, balance="bias"), ExpertChoiceMoE(8, 16, 4, threshold_decay=0.0)):
+        _, aux = layer(torch.randn(8, 8), return_aux=True)
+        layer.update_routing_state(aux)
+        layer.update_routing_state(aux, group="stage")
+    assert asked == [None, "stage"] * 2
+    assert_close(layer.expert_threshold, aux.capacity_quantile)
 
 
 def test_update_moves_the_bias_against_the_load():

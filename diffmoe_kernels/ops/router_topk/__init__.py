@@ -93,7 +93,7 @@ def routing_from_topk(
     """`Routing.from_topk`, its definition, with a choice of backend: for routers of one's own.
 
     Args:
-        topk_ids: (T, K) integer, the experts of each token in [0, E), unchecked; a negative id is a dropped slot.
+        topk_ids: (T, K) integer, the experts of each token, unchecked; an id outside [0, E) is a dropped slot.
         topk_weights: (T, K) floating, the weight of each slot; the gradient of ``gates`` flows back to it.
         num_experts: E.
         backend: see `diffmoe_kernels.backend`.

@@ -1,0 +1,76 @@
+"""What users of PyTorch do with layers besides calling them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from diffmoe_kernels import ExpertChoiceMoE, MoE, RoPEAttention
+from diffmoe_kernels.testing import assert_close
+
+LAYERS = {
+    "MoE": lambda **options: MoE(16, 16, 4, 2, balance="loss", shared_intermediate_size=8, **options),
+    "ExpertChoiceMoE": lambda **options: ExpertChoiceMoE(16, 16, 4, **options),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_backend_may_be_set_later(layer):
+    layer = LAYERS[layer]()
+    layer.backend = "reference"
+    parts = [one for one in layer.modules() if hasattr(one, "backend")]
+    assert len(parts) >= 2 and all(one.backend == "reference" for one in parts)
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        layer.backend = "gpu"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_record_may_be_exported_and_saved(layer, tmp_path):
+    layer, x = LAYERS[layer](backend="reference").eval(), torch.randn(8, 16)
+    program = torch.export.export(layer, (x,), {"return_aux": True})
+    torch.export.save(program, tmp_path / "layer.pt2")
+    y, aux = torch.export.load(tmp_path / "layer.pt2").module()(x, return_aux=True)
+    expected, expected_aux = layer(x, return_aux=True)
+    assert type(aux) is type(expected_aux)
+    assert_close(y, expected)
+    assert_close(aux.expert_load, expected_aux.expert_load)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_search_for_nan_finds_none(layer):
+    """What nobody wrote is filled with NaN; rows that no group reaches have such gradients within."""
+    layer, x = LAYERS[layer](), torch.randn(8, 16, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            y, aux = layer(x, return_aux=True)
+            (y.sum() + aux.loss).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_layers_on_the_meta_device_are_made_real_one_by_one():
+    """As FSDP does, the outer one first: each module allocates what is its own and initialises that."""
+    expected = RoPEAttention(32, 4, grid_size=4, num_prefix_tokens=1)
+    with torch.device("meta"):
+        layer = nn.Sequential(RoPEAttention(32, 4, grid_size=4, num_prefix_tokens=1))
+    for module in layer.modules():
+        if list(module.parameters(recurse=False)) + list(module.buffers(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+            module.reset_parameters()
+    layer[0].load_state_dict(expected.state_dict())
+    x = torch.randn(2, 17, 32)
+    assert torch.equal(layer(x), expected(x))
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("weights, autocast", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_weights_of_the_other_half_type_under_autocast(num_kv_heads, weights, autocast):
+    layer = RoPEAttention(32, 4, num_kv_heads=num_kv_heads, grid_size=4, dtype=weights)
+    x = torch.randn(2, 16, 32)
+    with torch.autocast("cpu", dtype=autocast):
+        y = layer(x)
+    assert y.dtype == autocast
+    assert_close(y.float(), layer.float()(x), tolerance=5e-2)
