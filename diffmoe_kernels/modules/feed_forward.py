@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.checks import check_choice, check_dropout, check_floating
+from diffmoe_kernels.checks import check_choice, check_dropout, check_floating, check_sizes
 from diffmoe_kernels.modules.linear import Linear
 from diffmoe_kernels.ops.experts import ACTIVATIONS
 from diffmoe_kernels.ops.experts.reference import activate
@@ -36,6 +36,7 @@ class FeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(1, hidden_size=hidden_size, intermediate_size=intermediate_size)
         check_choice("activation", activation, ACTIVATIONS)
         check_dropout(dropout)
         self.activation = activation
@@ -78,6 +79,7 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(1, hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts)
         check_choice("activation", activation, ACTIVATIONS)
         check_dropout(dropout)
         self.activation = activation

@@ -25,6 +25,16 @@ def test_the_backend_may_be_set_later(layer):
         layer.backend = "gpu"
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_rank_without_tokens_computes_nothing(layer, backend):
+    layer, x = LAYERS[layer](backend=backend), torch.randn(0, 16, requires_grad=True)
+    y, aux = layer(x, return_aux=True)
+    (y.sum() + aux.loss).backward()
+    assert y.shape == x.grad.shape == (0, 16)
+    assert not any(parameter.grad.any() for parameter in layer.parameters())
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_record_may_be_exported_and_saved(layer, tmp_path):
     layer, x = LAYERS[layer](backend="reference").eval(), torch.randn(8, 16)

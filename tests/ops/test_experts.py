@@ -258,7 +258,6 @@ def test_dropout_zeroes_activations_and_rescales():
         ("got a size of 6 in torch.float32", (9, 4, 2, 6, 8), torch.float32),
         ("got a size of 10 in torch.float32", (9, 4, 2, 8, 10), torch.float32),
         ("got a size of 4 in torch.bfloat16", (9, 4, 2, 8, 4), torch.bfloat16),
-        ("no empty operand", (0, 4, 2, 8, 8), torch.float32),
     ],
 )
 def test_torch_says_why_it_cannot_run(reason, sizes, dtype):
