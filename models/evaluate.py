@@ -59,6 +59,12 @@ def evaluate(config: EvaluateConfig) -> Scores | FidScores:
     else:
         data = load_dataset(config.data)
         images, labels = load_samples(config.samples)
+        height, width = images.shape[1:3]
+        if config.data == "digits" and (height, width) != (8, 8):  # the default, perhaps not meant
+            raise ValueError(
+                f"images must be 8x8 as the digits are, got {height}x{width} in {config.samples}: for FID give "
+                "--inception and --reference, for another dataset --data"
+            )
         scores, against = score_samples(images, data, labels=labels), {"data": config.data}
     if output is not None:
         record = {"samples": config.samples, **against, **dataclasses.asdict(scores)}

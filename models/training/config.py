@@ -22,7 +22,11 @@ class TrainConfig:
     model_options: dict[str, Any] = option({}, "fields of the model's config to override, such as '{depth: 4}'")
     objective: ObjectiveName = option("auto", "flow, jit or ddpm; auto is jit for JiT and JiTMoE, else flow")
     objective_options: dict[str, Any] = option({}, "settings of the objective, such as '{noise_scale: 2.0}' for jit")
-    data: str = option("digits", "digits, a folder of class folders of images, or one that models.encode wrote")
+    data: str = option(
+        "digits",
+        "digits, a folder of class folders of images, or one that models.encode wrote",
+        change_on_resume="warn",
+    )
     image_size: int | None = option(None, "of an image folder: side that images are cut and scaled to, 256 by default")
     flip: bool = option(True, "of an image folder: mirror images at random")
     autoencoder: str | None = option(None, "of an image folder: train on latents of this diffusers AutoencoderKL")
@@ -31,7 +35,7 @@ class TrainConfig:
 
     steps: int = option(2000, "optimizer steps to train for, counted from the start of the run", change_on_resume=True)
     max_minutes: float | None = option(None, "stop early after this time in this process", change_on_resume=True)
-    batch_size: int = option(64, "images per optimizer step (256 is usual for latent models)", alias="batch")
+    batch_size: int = option(64, "images per optimizer step (512 of the published latent models)", alias="batch")
     accumulation: int = option(
         1,
         "parts a batch is cut into, each with its own backward pass, to save memory; DiffMoE's experts choose in each",
@@ -110,7 +114,7 @@ class TrainConfig:
                 )
 
     def changes_since(self, saved: dict[str, Any]) -> list[str]:
-        """What a resumed run has otherwise, to get past a loss that is not finite: it goes on, but not bit for bit."""
+        """What a resumed run has otherwise, to get past a loss that is not finite, or because its data has moved."""
         names = [spec.name for spec in dataclasses.fields(self) if spec.metadata["change_on_resume"] == "warn"]
         return [
             f"{name} {saved[name]} -> {getattr(self, name)}"

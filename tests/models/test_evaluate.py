@@ -31,7 +31,7 @@ def test_evaluate_prints_a_table_and_writes_the_scores(tmp_path, capsys):
     ("size", "labels", "arguments", "message"),
     [
         ((500, 1, 8, 8), None, ["--data", "digts"], "unknown dataset 'digts'; did you mean 'digits'"),
-        ((500, 1, 16, 16), None, [], "must be 8x8"),
+        ((500, 1, 16, 16), None, [], "must be 8x8 as the digits are, got 16x16 .* for FID give --inception"),
         ((20, 1, 8, 8), None, [], "must hold 500 samples"),
         ((500, 1, 8, 8), torch.full((500,), 11), [], r"labels must be in \[0, 9\]"),
     ],
