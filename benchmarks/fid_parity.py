@@ -86,7 +86,7 @@ class ParityConfig:
     inception: str | None = option(None, "file of Inception's weights, for FID; it stays unmeasured without")
     reference: str | None = option(None, ".npz of the reference batch's statistics, as ADM ships it, for FID")
     jobs: int | None = option(
-        None, "runs side by side: a thread each, all on one GPU; on a CPU as many as threads, else 1 by default"
+        None, "runs side by side, a thread each; by default one per GPU, on a CPU as many as threads"
     )
     workers: int = option(0, "processes of each run that load data")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
@@ -210,7 +210,7 @@ def run_parity(config: ParityConfig) -> str | None:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
     by_seed = [run for runs_of_seed in zip(*runs.values(), strict=True) for run in runs_of_seed]
-    jobs = config.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
+    jobs = config.jobs or (torch.get_num_threads() if device.type == "cpu" else torch.cuda.device_count())
     if not carry_out_all(by_seed, min(jobs, len(by_seed))):
         return None
     scorer = fid_scorer or DigitsScorer(data)

@@ -268,6 +268,34 @@ def test_processes_train_the_same_as_one(tmp_path, capsys):
         assert "step" in (other.folder / parity_runs.LOG_FILE).read_text()
 
 
+def note_place(run, place):
+    """In the place of what a process of a run does."""
+    run.folder.mkdir()
+    (run.folder / "place").write_text(str(place))
+
+
+def test_a_place_is_taken_again_when_it_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity_runs, "_carry_out_alone", note_place)
+    runs = [quick_run(tmp_path, seed=seed) for seed in range(3)]
+    assert carry_out_all(runs, 2)
+    places = [(run.folder / "place").read_text() for run in runs]
+    assert places[:2] == ["0", "1"] and places[2] in ("0", "1")
+
+
+@pytest.mark.parametrize(("device", "taken"), [("auto", [1]), ("cpu", [])])
+def test_side_by_side_runs_take_gpus_by_turns(device, taken, tmp_path, monkeypatch):
+    gpus = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", gpus.append)
+    monkeypatch.setattr(parity_runs, "carry_out", lambda run: True)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        parity_runs._carry_out_alone(quick_run(tmp_path, device=device), 3)
+    assert ended.value.code == 0 and gpus == taken
+
+
 def test_ctrl_c_leaves_checkpoints_to_go_on_from(tmp_path):
     runs = [quick_run(tmp_path, seed=seed, steps=1_000_000) for seed in (0, 1)]
 

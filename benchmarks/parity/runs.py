@@ -76,8 +76,8 @@ def carry_out_all(runs: Sequence[Run], jobs: int) -> bool:
 
     Args:
         runs: in the order in which they start.
-        jobs: runs side by side, each in a process of one thread that writes what it prints to the run's log.txt; 1
-            carries them out in this process, with its threads.
+        jobs: runs side by side, each in a process of one thread that writes what it prints to the run's log.txt, with
+            GPUs by turns; 1 carries them out in this process, with its threads.
 
     Raises:
         ValueError: a run directory holds a run of other options, or one that is trained further.
@@ -126,18 +126,19 @@ def _one_by_one(runs: Sequence[Run]) -> Generator[Run]:
 def _side_by_side(runs: Sequence[Run], jobs: int) -> Generator[Run]:
     """The same with `jobs` processes."""
     context = multiprocessing.get_context("spawn")  # a fork would share the threads of this process
-    waiting, going = deque(runs), dict[int, tuple[BaseProcess, Run]]()
+    waiting, going, free = deque(runs), dict[int, tuple[BaseProcess, Run, int]](), list(range(jobs))
     with StopOnSignal() as stop:
         try:
             while (going or waiting) and not stop.requested:
-                while waiting and len(going) < jobs:
-                    run = waiting.popleft()
-                    process = context.Process(target=_carry_out_alone, args=(run,))
+                while waiting and free:
+                    run, place = waiting.popleft(), free.pop(0)
+                    process = context.Process(target=_carry_out_alone, args=(run, place))
                     process.start()
-                    going[process.sentinel] = process, run
+                    going[process.sentinel] = process, run, place
                 for sentinel in wait(going, timeout=0.5):
-                    process, run = going.pop(sentinel)
+                    process, run, place = going.pop(sentinel)
                     process.join()
+                    free.append(place)
                     if process.exitcode == STOPPED:
                         return
                     if process.exitcode != 0:
@@ -147,16 +148,18 @@ def _side_by_side(runs: Sequence[Run], jobs: int) -> Generator[Run]:
                         )
                     yield run
         finally:
-            for process, _ in going.values():
+            for process, *_ in going.values():
                 process.terminate()  # on which one that trains writes a checkpoint
-            for process, _ in going.values():
+            for process, *_ in going.values():
                 process.join()
 
 
-def _carry_out_alone(run: Run) -> None:
-    """What a process of its own does; it hears of Ctrl-C from its parent alone, which sends one signal."""
+def _carry_out_alone(run: Run, place: int) -> None:
+    """What a process of its own does, the `place`-th; it hears of Ctrl-C from its parent alone, which sends one signal."""
     os.setsid()
     torch.set_num_threads(1)
+    if run.train.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(place % torch.cuda.device_count())
     run.folder.mkdir(parents=True, exist_ok=True)
     with (
         open(run.folder / LOG_FILE, "a", buffering=1) as log,
