@@ -19,7 +19,7 @@ from benchmarks import timing
 from diffmoe_kernels.modules import Experts
 from models import DiT, JiT
 from models.objectives import TrainingLoss, objective_for
-from models.training.trainer import average
+from models.training.state import average
 
 GUIDANCE = 1.5
 

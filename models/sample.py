@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,13 @@ from models.data.samples import WHOLE, check_request, part_name
 from models.objectives import Method, ObjectiveName, objective_for
 from models.options import build_config, config_parser, option, require
 from models.precision import Precision, experts_cast_once
+from models.progress import progress_bar
 from models.sampling import balanced_labels, check_decodable, sample_batches, to_images
 from models.training.loading import TrainedModel, Weights, load_published, load_trained, pick_device
+from models.training.processes import Processes, process_group
 
 GRID_COLUMNS, GRID_ROWS = 10, 10  # shown at most
+PATIENCE = timedelta(days=1)  # with the other processes, some of which draw a part more
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,16 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
     """Sample as `config` says; returns the paths of the grid and of the `.npz` files, whose `labels` are the classes.
 
     The files are one `samples.npz`; or, with `first` or `part_size`, parts named by the number of their first image.
-    All parts of a run together hold what one call writes into one file. With `part_size`, those that are there stay.
+    All parts of a run together hold what one call writes into one file. With `part_size`, those that are there stay,
+    and where torch has a process group, the processes share what is missing; all of them call this.
 
     Raises:
         TypeError, ValueError: no usable checkpoint, labels out of range, or a request that the model can't meet; a part
             that is there, but was sampled otherwise.
     """
+    processes = Processes.current()
+    if processes.count > 1 and config.part_size is None:
+        raise ValueError(f"{processes.count} processes share the parts of a run: pass --part-size")
     trained = config.load(config.model)
     model, decoder = trained.model, config.autoencoder or trained.autoencoder
     check_decodable(model, decoder)
@@ -146,26 +154,38 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
 
     output, in_parts = Path(config.output), config.first > 0 or config.part_size is not None
     request = _request(config, trained, decoder) if in_parts else None
-    starts = range(config.first, end, config.part_size or config.num_samples)
-    archives = [output / (part_name(start) if in_parts else WHOLE) for start in starts]
+    size = config.part_size or config.num_samples
+    parts = {start: output / (part_name(start) if in_parts else WHOLE) for start in range(config.first, end, size)}
     # Before the work: where nothing can be written is told at once.
     output.mkdir(parents=True, exist_ok=True)
     if config.join is not None:
         Path(config.join).parent.mkdir(parents=True, exist_ok=True)
-    with experts_cast_once(model, config.precision):
-        for start, archive in zip(starts, archives, strict=True):
-            part = labels[start : min(start + starts.step, end)]
-            if config.part_size is not None and archive.exists():
-                _check_part(archive, len(part), request)
-                continue
-            batches = config.draw(trained, part, first=start, cfg_scale=cfg_scale)
-            images = torch.cat([to_images(batch, decoder) for batch in batches])
+    missing = []
+    for start, archive in parts.items():
+        if config.part_size is not None and archive.exists():
+            _check_part(archive, min(size, end - start), request)
+        else:
+            missing.append(start)
+    processes.wait()  # until all have seen what is missing
+    own = {start: labels[start : min(start + size, end)] for start in missing[processes.rank :: processes.count]}
+    total, silent = sum(map(len, own.values())), not processes.is_first
+    with (
+        experts_cast_once(model, config.precision),
+        progress_bar(total=total, desc="sample", unit="image", disable=silent) as bar,
+    ):
+        for start, part in own.items():
+            images = []
+            for batch in config.draw(trained, part, first=start, cfg_scale=cfg_scale):
+                images.append(to_images(batch, decoder))
+                bar.update(len(batch))
             origin = {"first": start, "request": request} if in_parts else None
-            save_npz(archive, images, None if config.unconditional else part, origin=origin)
-    grid = output / (f"grid-{config.first:06d}.png" if config.first else "grid.png")
-    _save_grid(grid, archives[0], labels[config.first :], classes)
-    if config.join is not None:
-        join_npz(archives, config.join)
+            save_npz(parts[start], torch.cat(images), None if config.unconditional else part, origin=origin)
+    processes.wait()
+    grid, archives = output / (f"grid-{config.first:06d}.png" if config.first else "grid.png"), [*parts.values()]
+    if processes.is_first:
+        _save_grid(grid, archives[0], labels[config.first :], classes)
+        if config.join is not None:
+            join_npz(archives, config.join)
     return grid, archives
 
 
@@ -229,7 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parser = config_parser(SampleConfig, prog="python -m models.sample", description="Sample from a trained model.")
         config = build_config(SampleConfig, parser.parse_args(arguments))
-        grid, archives = sample_to_files(config)
+        with process_group(config.device, PATIENCE):
+            grid, archives = sample_to_files(config)
+            is_first = Processes.current().is_first
     except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -237,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped: with --part-size the same command goes on after the last file", file=sys.stderr)
         return 130
     files = archives[0] if len(archives) == 1 else f"{archives[0]} to {archives[-1].name}"
-    print(f"{config.num_samples} samples: {grid}, {files}")
+    if is_first:
+        print(f"{config.num_samples} samples: {grid}, {files}")
     return 0
 
 

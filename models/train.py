@@ -9,6 +9,7 @@ from pathlib import Path
 from models import CONFIGS
 from models.options import build_config, config_parser, read_yaml
 from models.training.config import TrainConfig
+from models.training.processes import process_group
 from models.training.trainer import CONFIG_FILE, NonFiniteError, Trainer
 
 LATENT_CHANNELS = 4
@@ -58,11 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 130 where Ctrl-C or SIGTERM ended it, with a checkpoint."""
     try:
         config, resume = parse(arguments)
-        trainer = Trainer(config, resume=resume)
+        with process_group(config.device):
+            return train(config, resume)
     except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for note in notes(trainer):
+
+
+def train(config: TrainConfig, resume: bool) -> int:
+    """The run of these options; the exit status is 1 where it was begun and failed."""
+    trainer = Trainer(config, resume=resume)
+    is_first = trainer.processes.is_first
+    for note in notes(trainer) if is_first else ():
         print(f"note: {note}", file=sys.stderr)
     try:
         result = trainer.fit()
@@ -70,13 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
-    print(f"{config.model}: step {result.step}, ended by {result.ended_by}; newest checkpoint {result.checkpoint}")
-    if result.ended_by == "signal":
-        print(f"continue with: python -m models.train --resume --output {shlex.quote(config.output)}")
-        return 130
-    print(f"samples in {trainer.run / 'samples'}, loss curve {trainer.run / 'loss.png'}")
-    print(f"sample more: python -m models.sample --checkpoint {shlex.quote(config.output)} --output samples")
-    return 0
+    stopped = result.ended_by == "signal"
+    if is_first:
+        print(f"{config.model}: step {result.step}, ended by {result.ended_by}; newest checkpoint {result.checkpoint}")
+        output = shlex.quote(config.output)
+        if stopped:
+            print(f"continue with: python -m models.train --resume --output {output}")
+        else:
+            print(f"samples in {trainer.run / 'samples'}, loss curve {trainer.run / 'loss.png'}")
+            print(f"sample more: python -m models.sample --checkpoint {output} --output samples")
+    return 130 if stopped else 0
 
 
 if __name__ == "__main__":

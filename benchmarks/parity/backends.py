@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffmoe_kernels.backend import Backend
 from diffmoe_kernels.testing import relative_error
 from models.objectives import Objective, objective_for
-from models.training.trainer import average
+from models.training.state import average
 
 SEEDS = (0, 1, 2)  # of the reference's runs; the backend under test runs the first
 WINDOW = 20  # steps that losses are averaged over

@@ -155,7 +155,7 @@ def _side_by_side(runs: Sequence[Run], jobs: int) -> Generator[Run]:
 
 
 def _carry_out_alone(run: Run, place: int) -> None:
-    """What a process of its own does, the `place`-th; it hears of Ctrl-C from its parent alone, which sends one signal."""
+    """What a process of its own does, the `place`-th; it hears of Ctrl-C from its parent alone, by one signal."""
     os.setsid()
     torch.set_num_threads(1)
     if run.train.device != "cpu" and torch.cuda.is_available():

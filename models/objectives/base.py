@@ -83,7 +83,8 @@ class Objective(ABC):
         """The loss of a batch, with times and noise drawn from torch's global generator where not given.
 
         Args:
-            model: called as `model(z, t, labels, return_aux=True)`, returns (N, at least C, H, W) and its aux record.
+            model: called as `model(z, t, labels, return_aux=True)`, returns (N, at least C, H, W) and its aux record;
+                it may be in a wrapper, such as DistributedDataParallel.
             x: (N, C, H, W) images.
             labels: (N,) int64 in [0, model.num_classes); the model drops labels itself in training mode.
             t: (N,) times as `draw_times` gives them, the default.
@@ -94,8 +95,8 @@ class Objective(ABC):
                 assertion of the device fails instead), shapes that do not fit.
         """
         _check_batch("x", x)
-        self.check_model(model)
-        check_labels(labels, model.num_classes, wait=False)
+        self.check_model(unwrapped(model))
+        check_labels(labels, unwrapped(model).num_classes, wait=False)
         _check_length("labels", labels, x)
         if t is None:
             t = self.draw_times(len(x), x.device)
@@ -134,7 +135,7 @@ class Objective(ABC):
         """Samples that start from `noise`; the result is a function of the arguments alone.
 
         Args:
-            model: in evaluation mode.
+            model: in evaluation mode; it may be in a wrapper, such as AveragedModel.
             noise: (N, C, H, W) standard normal.
             labels: (N,) int64 in [0, model.num_classes), or `model.null_label` to sample without a class.
             steps: of the sampler; the method's own default where None.
@@ -153,19 +154,20 @@ class Objective(ABC):
                 that has none, a model in training mode, an unknown method, steps that the method can't take.
         """
         _check_batch("noise", noise)
-        self.check_model(model)
+        bare = unwrapped(model)
+        self.check_model(bare)
         method, steps = self.pick_method(method, steps)
         if model.training:
             raise ValueError("model is in training mode, where it drops labels: call model.eval() before sampling")
-        _check_sampling_labels("labels", labels, noise, model)
+        _check_sampling_labels("labels", labels, noise, bare)
         if not math.isfinite(cfg_scale):
             raise ValueError(f"cfg_scale: expected a finite number, got {cfg_scale}")
         if cfg_scale != 1.0:
-            null_labels = _null_labels(model, noise) if null_labels is None else null_labels
-            _check_sampling_labels("null_labels", null_labels, noise, model)
+            null_labels = _null_labels(bare, noise) if null_labels is None else null_labels
+            _check_sampling_labels("null_labels", null_labels, noise, bare)
         start = noise.float()
 
-        mixes = getattr(model, "mixes_samples", False)
+        mixes = getattr(bare, "mixes_samples", False)
         multiple = 1 if mixes or start.device.type != "cpu" else CPU_BATCH_MULTIPLE
 
         def run(z: Tensor, time: float, labels: Tensor) -> Tensor:
@@ -206,6 +208,11 @@ class Objective(ABC):
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
         return method, steps
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in a wrapper that keeps it as `module`, as DistributedDataParallel and AveragedModel do, or itself."""
+    return getattr(model, "module", model)
 
 
 def check_numbers(objective: Objective) -> None:

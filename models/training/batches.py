@@ -1,7 +1,7 @@
 """The order in which training sees the data, as a pure function of seed, epoch and step, and its loading."""
 
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -42,7 +42,7 @@ class ShuffledBatches(Sampler[list[int]]):
 
 
 def load_batches(
-    images: Dataset, order: ShuffledBatches, *, workers: int, pin_memory: bool
+    images: Dataset, order: Iterable[list[int]], *, workers: int, pin_memory: bool
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Batches of `images` in that order, loaded by as many processes of their own, which end when it is closed."""
     loader = DataLoader(

@@ -1,7 +1,6 @@
 """From a model's name and a dataset to a model, and from a checkpoint back to the model it was written from."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,16 +72,6 @@ def trainable_model(name: str, overrides: dict[str, Any]) -> nn.Module:
     if model.config.class_dropout_prob == 0:
         model.y_embedder.null_label = None
     return model
-
-
-def check_one_process() -> None:
-    """Refuse to be one of several processes, each of which would train for itself, into one directory.
-
-    Raises:
-        ValueError: a launcher such as torchrun has started more than one.
-    """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise ValueError(f"WORLD_SIZE is {processes}, but training runs in one process: start it without torchrun")
 
 
 def check_forward(name: str, overrides: dict[str, Any], batch_size: int) -> None:

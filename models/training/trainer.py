@@ -2,22 +2,18 @@
 
 import dataclasses
 import math
-import platform
 import time
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from models.data import check_labels, load_dataset, save_grid
-from models.files import write_atomically
+from models.files import FileLock, write_atomically
 from models.objectives import objective_for
 from models.options import read_yaml, to_yaml
 from models.progress import progress_bar
@@ -29,7 +25,6 @@ from models.training.interrupt import StopOnSignal
 from models.training.loading import (
     check_forward,
     check_model_config,
-    check_one_process,
     load_weights,
     model_overrides,
     pick_device,
@@ -37,44 +32,12 @@ from models.training.loading import (
 )
 from models.training.lock import run_lock
 from models.training.logs import RunLog, read_metrics, save_loss_curves
+from models.training.outcome import NonFiniteError, StepStats, TrainResult
+from models.training.processes import Processes
+from models.training.state import average, environment, random_state, restore_random_state, seed_process
 
 CONFIG_FILE = "config.yaml"
 GRID_COLUMNS = 10  # classes shown at most
-
-
-class NonFiniteError(RuntimeError):
-    """Training met a NaN or an infinity and stopped; the message has the step and the last good checkpoint."""
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """One optimizer step.
-
-    loss: what was minimised, auxiliary losses included.
-    mse: squared error of what the objective predicts: the velocity, or the noise for DDPM.
-    grad_norm: of all gradients, before they were clipped.
-    """
-
-    loss: float
-    mse: float
-    grad_norm: float
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a call of `Trainer.fit` ended.
-
-    step: optimizer steps done since the start of the run.
-    images_per_second: training images per second of all training steps in this process, the first one's compilation
-        too; sampling and writing not counted. `metrics.jsonl` has that of the steps since the record before.
-    checkpoint: the one of `step`.
-    ended_by: what stopped it.
-    """
-
-    step: int
-    images_per_second: float
-    checkpoint: Path
-    ended_by: Literal["steps", "time", "signal"]
 
 
 class Trainer:
@@ -83,22 +46,27 @@ class Trainer:
     The directory holds `config.yaml`, `checkpoints/`, `samples/`, `metrics.jsonl`, `loss.png` and `tensorboard/`.
     Training draws from torch's global generators, which the constructor seeds, or restores.
 
+    Where torch has a process group, every process makes a trainer and calls the same methods. Each trains on its share
+    of a batch, gradients and routing state are combined, the first process writes the files.
+
     Args:
         config: the options.
         resume: continue the run in `config.output` from its newest readable checkpoint, or from the start if it was
             stopped before the first one. On the same machine, device, thread count and versions the result is the
-            same, bit for bit, as without the stop. Another learning rate, gradient clip or precision is taken with a
-            warning: by the same ones a run would meet the same NaN again.
+            same, bit for bit, as without the stop (with more than two processes but for the order in which gradients
+            are added). Another learning rate, gradient clip or precision is taken with a warning: by the same ones a
+            run would meet the same NaN again; so is another number of processes.
 
     Raises:
-        ValueError: another process trains into the directory, or several were asked for; options, data and model do not
-            fit together; without `resume`, the directory holds a run; with it, the directory holds none, or one of
-            another model or other options.
+        ValueError: another run trains into the directory; several processes without a group, or whose number does not
+            divide the batch; options, data and model do not fit together; without `resume`, the directory holds a run;
+            with it, the directory holds none, or one of another model or other options.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
-        check_one_process()
+        self.processes = Processes.current()
         self.config, self.run = config, Path(config.output)
+        share = self.processes.share_size(config.batch_size, config.accumulation)
         before = self._found()
         saved = self._find_saved(resume)
         self.device = pick_device(config.device)
@@ -107,7 +75,7 @@ class Trainer:
         )
         self.model_overrides = model_overrides(config.model_options, self.data)
 
-        check_forward(config.model, self.model_overrides, config.batch_size // config.accumulation)
+        check_forward(config.model, self.model_overrides, share // config.accumulation)
         torch.manual_seed(config.seed)
         self.model = trainable_model(config.model, self.model_overrides).to(self.device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -127,18 +95,16 @@ class Trainer:
         self.step, self.checkpoint, self.sampled = 0, None, None
         self.window: list[StepStats] = []  # of the steps since the last record
         self.times: list[float] = []  # seconds that those of them took that this process has done
+        if self.processes.rank:
+            seed_process(config.seed, self.processes.rank)
         if saved:
             self._restore(*saved)
+        self.replica = self.processes.replicate(self.model)  # what is called in training
         self.compiled = False
         self._compile()
 
-        self.run.mkdir(parents=True, exist_ok=True)
-        self.lock = run_lock(self.run)  # until `fit` ends, or until this is gone
-        if self._found() != before:
-            raise ValueError(
-                f"another process has trained into {self.run} meanwhile: resume, or choose another --output"
-            )
-        write_atomically(self.run / CONFIG_FILE, lambda file: file.write(to_yaml(config).encode()))
+        self.processes.wait()  # until all have looked into the directory
+        self.lock = self._take(before) if self.processes.is_first else nullcontext()
 
     def fit(self) -> TrainResult:
         """Train until the steps are done, the time is up or a signal asks to stop; then write a checkpoint and,
@@ -155,8 +121,8 @@ class Trainer:
         with (
             self.lock,
             StopOnSignal() as stop,
-            closing(RunLog(self.run, start - len(self.window))) as log,
-            progress_bar(total=total, initial=start, desc=config.model, unit="step") as bar,
+            self._open_log() as log,
+            progress_bar(total=total, initial=start, desc=config.model, unit="step", disable=log is None) as bar,
             closing(self._batches()) as batches,
         ):
             while not (ended_by := self._reason_to_end(stop, deadline)):
@@ -177,14 +143,16 @@ class Trainer:
                 if self.window:  # after the checkpoint, by which a longer run writes this record anew
                     self._log(log)
                 self.save_samples()
-                save_loss_curves(self.run / "loss.png", {config.model: read_metrics(self.run)})
+                if log:
+                    save_loss_curves(self.run / "loss.png", {config.model: read_metrics(self.run)})
+            self.processes.wait()
         speed = (self.step - start) * config.batch_size / seconds if seconds else 0.0
         return TrainResult(self.step, speed, self.checkpoint, ended_by)
 
     def train_step(self, images: Tensor, labels: Tensor) -> StepStats:
-        """One optimizer step on a batch of `data.train`: (N, ...) images and (N,) int64 labels.
+        """One optimizer step on a batch of `data.train`: (N, ...) images and (N,) int64 labels, this process's share.
 
-        Flips, latents, times and noise are drawn for the whole batch: cutting it into parts does not change them.
+        Flips, latents, times and noise are drawn for all of them: cutting them into parts does not change them.
         """
         if hasattr(self.model, "set_training_step"):  # a capacity schedule
             self.model.set_training_step(self.step)
@@ -195,15 +163,16 @@ class Trainer:
         t, noise = self.objective.draw_times(len(images), self.device), torch.randn_like(images)
         totals, auxes = torch.zeros(2, device=self.device), []
         parts = [tensor.tensor_split(self.config.accumulation) for tensor in (images, labels, t, noise)]
-        for x, y, t_part, noise_part in zip(*parts, strict=True):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-                result = self.objective.loss(self.model, x, y, t=t_part, noise=noise_part)
+        for part, (x, y, t_part, noise_part) in enumerate(zip(*parts, strict=True), 1):
             share = len(x) / len(images)
-            (result.loss * share).backward()
+            with self.processes.combine(self.replica, last=part == self.config.accumulation):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+                    result = self.objective.loss(self.replica, x, y, t=t_part, noise=noise_part)
+                (result.loss * share).backward()
             totals += share * torch.stack([result.loss, result.mse.mean()]).detach()
             auxes.append(result.aux)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
-        stats = StepStats(*totals.tolist(), grad_norm.item())
+        stats = StepStats(*self.processes.mean(totals).tolist(), grad_norm.item())
         if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
             raise self._non_finite(f"the loss is {stats.loss} and the gradient's norm {stats.grad_norm}", self.step + 1)
 
@@ -230,11 +199,13 @@ class Trainer:
             for key, value in state[name].items():
                 if not value.isfinite().all():
                     raise self._non_finite(f"{key} of the {name} weights holds NaN or infinity", self.step)
-        self.checkpoint = save_checkpoint(self.run, state, keep=self.config.keep_checkpoints)
+        self.checkpoint = checkpoint_path(self.run, self.step)
+        if self.processes.is_first:
+            save_checkpoint(self.run, state, keep=self.config.keep_checkpoints)
 
     def save_samples(self) -> None:
-        """Write a grid of samples of the averaged weights, a column per class, if this process has not yet."""
-        if self.sampled == self.step:
+        """Write a grid of samples of the averaged weights, a column per class, if the first process has not yet."""
+        if self.sampled == self.step or not self.processes.is_first:
             return
         self.sampled = self.step
         columns = min(self.data.num_classes, GRID_COLUMNS)
@@ -256,8 +227,8 @@ class Trainer:
         save_grid(path, images, columns, column_labels=names)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the run's future depends on, in tensors and plain values."""
-        on_gpu = self.device.type == "cuda"
+        """All that the run's future depends on, in tensors and plain values; each process must ask for it."""
+        rng, *further_rng = self.processes.gather(random_state(self.device))
         return {
             "step": self.step,
             "model_name": self.config.model,
@@ -269,7 +240,8 @@ class Trainer:
             "autoencoder": self.data.autoencoder,
             "class_names": list(self.data.class_names),
             "optimizer": self.optimizer.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(self.device)] if on_gpu else []},
+            "rng": rng,
+            "further_rng": further_rng,
             "window": [dataclasses.astuple(stats) for stats in self.window],
             "environment": self._environment(),
         }
@@ -279,6 +251,8 @@ class Trainer:
         schedule = getattr(self.model.config, "capacity_schedule", None)
         if not self.config.compile or self.compiled or schedule and self.step < schedule[1]:
             return
+        if self.processes.count > 1:  # else cut further, to exchange gradients within a block
+            torch._dynamo.config.optimize_ddp = False
         for block in self.model.blocks:  # those of one kind share a compilation; a whole model's takes minutes
             block.compile()
         self.compiled = True
@@ -286,6 +260,23 @@ class Trainer:
     def _found(self) -> tuple[bool, list[Path]]:
         """Whether the directory holds a run's options, and its checkpoints."""
         return (self.run / CONFIG_FILE).exists(), list_checkpoints(self.run)
+
+    def _take(self, before: tuple[bool, list[Path]]) -> FileLock:
+        """A hold on the directory, until `fit` ends or until this is gone; `before` is what it held at first."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        lock = run_lock(self.run)
+        if self._found() != before:
+            raise ValueError(
+                f"another process has trained into {self.run} meanwhile: resume, or choose another --output"
+            )
+        write_atomically(self.run / CONFIG_FILE, lambda file: file.write(to_yaml(self.config).encode()))
+        return lock
+
+    def _open_log(self) -> AbstractContextManager[RunLog | None]:
+        """The first process's, which has the records up to the last one written before this step."""
+        if not self.processes.is_first:
+            return nullcontext()
+        return closing(RunLog(self.run, self.step - len(self.window)))
 
     def _find_saved(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
         config_file = self.run / CONFIG_FILE
@@ -319,51 +310,56 @@ class Trainer:
         self.step = state["step"]
         self.window = [StepStats(*stats) for stats in state.get("window", [])]
         self.checkpoint = path
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and state["rng"]["cuda"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"][0], self.device)
-        was, now = state["environment"], self._environment()
+        rank, states = self.processes.rank, [state["rng"], *state.get("further_rng", [])]
+        if rank < len(states):
+            restore_random_state(states[rank], self.device)
+        else:
+            seed_process(self.config.seed, rank, self.step)
+        was, now = {"processes": 1, **state["environment"]}, self._environment()
         changed = self.config.changes_since(state["train_config"])
         changed += [f"{name} {was[name]} -> {now[name]}" for name in now if was.get(name, now[name]) != now[name]]
         if changed:
             warnings.warn(f"resumed, but not bit for bit: {', '.join(changed)} since {path} was written", stacklevel=3)
 
     def _environment(self) -> dict[str, Any]:
-        versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-        versions |= {"training images": len(self.data.train)}
-        how = {"device": self.device.type, "threads": torch.get_num_threads(), "compile": self.config.compile}
-        return {**versions, **how}
+        how = {"training images": len(self.data.train), "compile": self.config.compile}
+        return {**environment(self.device), **how, "processes": self.processes.count}
 
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """From this step on."""
         config, pin_memory = self.config, self.device.type == "cuda"
         order = ShuffledBatches(len(self.data.train), config.batch_size, config.seed, start=self.step)
-        return load_batches(self.data.train, order, workers=config.workers, pin_memory=pin_memory)
+        shares = map(self.processes.share, order)
+        return load_batches(self.data.train, shares, workers=config.workers, pin_memory=pin_memory)
 
     def _reason_to_end(self, stop: StopOnSignal, deadline: float) -> str | None:
-        if stop.requested:
+        stopped, late = self.processes.any(stop.requested, time.monotonic() >= deadline)
+        if stopped:
             return "signal"
         if self.step >= self.config.steps:
             return "steps"
-        return "time" if time.monotonic() >= deadline else None
+        return "time" if late else None
 
     def _learning_rate(self) -> float:
         warmup = min(1.0, (self.step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
         return self.config.learning_rate * warmup
 
     def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """A batch; where an image or a disk fails, a checkpoint is left before that is raised."""
+        """A batch; where an image or a disk fails, in any process, a checkpoint is left before that is raised."""
         try:
-            return next(batches)
-        except Exception:  # between two steps any of them leaves a state to go on from
+            batch, error = next(batches), None
+        except Exception as caught:  # between two steps any of them leaves a state to go on from
+            batch, error = None, caught
+        if self.processes.any(error is not None)[0]:
             self.save()
-            raise
+            raise error or OSError("another process could not load its images, it says why")
+        return batch
 
     def _speed(self) -> float:
         """Images per second since the last record."""
         return len(self.times) * self.config.batch_size / sum(self.times)
 
-    def _log(self, log: RunLog) -> None:
+    def _log(self, log: RunLog | None) -> None:
         """Record the means, and the speed, since the last record."""
         means = {
             field.name: sum(getattr(stats, field.name) for stats in self.window) / len(self.window)
@@ -376,7 +372,8 @@ class Trainer:
         if self.times:  # else an earlier process did these steps
             progress["images_per_second"] = self._speed()
         self.window, self.times = [], []
-        log.write(self.step, {**means, **progress})
+        if log:
+            log.write(self.step, {**means, **progress})
 
     def _non_finite(self, what: str, step: int) -> NonFiniteError:
         good = "there is no checkpoint yet: resume, which starts over,"
@@ -386,13 +383,3 @@ class Trainer:
             f"step {step}: {what}; training stopped, {good} "
             "with a lower --learning-rate, a smaller --grad-clip or --precision float32"
         )
-
-
-def average(model: nn.Module, decay: float) -> AveragedModel:
-    """A moving average of the model's weights, in evaluation mode, with its buffers as they are now.
-
-    DiffMoE's thresholds are a moving average already, from 0 on: averaged once more they would stay near 0 for
-    1 / (1 - decay) steps, and send every token to every expert.
-    """
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    return ema.eval().requires_grad_(False)

@@ -387,12 +387,3 @@ def test_blocks_are_compiled_once_their_capacity_is_final(tmp_path, monkeypatch)
     trainer = Trainer(replace(config, steps=6), resume=True)
     trainer.fit()
     assert compiled_at == [3, 3, 5, 5]
-
-
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 8, .*in one process: start .* without torchrun"):
-        Trainer(tiny(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    Trainer(tiny(tmp_path / "run"))
