@@ -37,11 +37,12 @@ DIGITS: dict[str, Any] = {
     "models": ["DiT-digits", "DSMoE-digits", "DiffMoE-digits", "JiT-digits", "JiTMoE-digits"],
     **{"steps": 1200, "batch_size": 64, "learning_rate": 1e-3, "ema_decay": 0.995},
     **{"checkpoint_every": 500, "num_samples": 500, "sample_method": "euler", "sample_steps": 50},
+    "precision": "float32",
 }
 LARGE: dict[str, Any] = {  # as the latent models were trained whose FIDs are published, see `NOTES_OF_FID`
     "models": ["DiT-L/2", "DSMoE-L-E16", "DSMoE-L-E48", "DiffMoE-L-E16"],
     **{"steps": 700_000, "batch_size": 512, "learning_rate": 1e-4, "ema_decay": 0.9999},
-    **{"checkpoint_every": 10_000, "num_samples": 50_000},
+    **{"checkpoint_every": 10_000, "num_samples": 50_000, "precision": "tf32"},
 }
 LARGE_TRAINING: dict[str, Any] = {"grad_clip": None, "warmup_steps": 0}
 EULER_STEPS = 250  # of theirs
@@ -75,7 +76,7 @@ class ParityConfig:
     learning_rate: float | None = _by_data("learning_rate", "of all models")
     ema_decay: float | None = _by_data("ema_decay", "decay of the averaged weights, which samples come from")
     checkpoint_every: int | None = _by_data("checkpoint_every", "steps between checkpoints of a run")
-    precision: Precision = option("float32", "bfloat16 trains and samples under autocast")
+    precision: Precision | None = _by_data("precision", "tf32 allows a GPU that, bfloat16 is autocast")
     compile: bool = option(False, "train with torch.compile")
     num_samples: int | None = _by_data("num_samples", "samples of each run, as many of each class")
     sample_method: Method | None = option(None, "sampler; euler for the digits, else the objective's usual one")

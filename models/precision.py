@@ -1,4 +1,4 @@
-"""Sampling in bfloat16."""
+"""The precision in which models train and sample."""
 
 from __future__ import annotations
 
@@ -11,16 +11,33 @@ from torch import nn
 
 from diffmoe_kernels.modules import Experts
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+@contextmanager
+def float32_products(precision: Precision) -> Iterator[None]:
+    """Within it torch and our kernels multiply float32 matrices in TF32 where `precision` is that and a GPU has it.
+
+    It is torch's setting for the whole process (`torch.set_float32_matmul_precision`), which comes back as it was.
+    """
+    if precision != "tf32":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
 def experts_cast_once(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """Within it the experts' weights are in `precision`, where each call would cast float32 masters again.
+    """Within it the experts' weights are in bfloat16 if that is it, where each call would cast float32 masters again.
 
     The weights come back as they were, and no gradient may be taken meanwhile.
     """
-    if precision == "float32":
+    if precision != "bfloat16":
         yield
         return
     parameters = [one for part in model.modules() if isinstance(part, Experts) for one in part.parameters()]

@@ -54,7 +54,9 @@ class SamplerConfig:
     cfg_scale: float = option(1.5, "guidance towards the class, 1 for none")
     seed: int = option(0, "seed of the noise")
     batch_size: int = option(256, "images at a time; DiffMoE's official rule chooses among them", alias="batch")
-    precision: Precision = option("float32", "bfloat16 runs the model under autocast, with the experts cast once")
+    precision: Precision = option(
+        "float32", "tf32 allows a GPU that, bfloat16 runs the model under autocast, with the experts cast once"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
 
     def __post_init__(self) -> None:

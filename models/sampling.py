@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.data import load_autoencoder, to_uint8
 from models.objectives import Method, Objective, objective_for
-from models.precision import Precision, experts_cast_once
+from models.precision import Precision, experts_cast_once, float32_products
 
 
 def balanced_labels(num_samples: int, classes: Sequence[int]) -> Tensor:
@@ -73,7 +73,8 @@ def sample_batches(
         noise = torch.empty(len(part), model.in_channels, model.input_size, model.input_size)
         for image in noise:
             image.normal_(generator=generator)
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
+        autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+        with float32_products(precision), autocast:
             samples = objective.sample(
                 model,
                 noise.to(device),

@@ -108,12 +108,14 @@ def test_latent_models_are_trained_and_sampled_as_published():
     latents = make_run(ParityConfig(data="latents"), "DSMoE-L-E16", 0)
     assert (latents.train.grad_clip, latents.train.warmup_steps, latents.train.weight_decay) == (None, 0, 0.0)
     assert (latents.train.batch_size, latents.train.sample_steps, latents.sample.steps) == (512, 250, 250)
+    assert (latents.train.precision, latents.sample.precision) == ("tf32", "tf32")
     assert "usual-250" in latents.sample.join
     assert make_run(ParityConfig(data="latents", sample_method="heun"), "DSMoE-L-E16", 0).sample.steps is None
     images = make_run(ParityConfig(data="photos", models=["JiT-B/16"], accumulation=2), "JiT-B/16", 0)
     assert (images.sample.steps, images.train.accumulation) == (None, 2)
     digits = make_run(ParityConfig(), "DSMoE-digits", 0)
     assert (digits.train.grad_clip, digits.train.warmup_steps, digits.sample.steps) == (1.0, 100, 50)
+    assert (digits.train.precision, digits.sample.precision) == ("float32", "float32")
 
 
 def result(model, distances, **score):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from models.objectives import Method, ObjectiveName
 from models.options import default_of, flag, option, plain, require
+from models.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class TrainConfig:
     )
     ema_decay: float = option(0.995, "decay of the averaged weights, which samples come from (0.9999 for long runs)")
     ema_decay2: float | None = option(None, "decay of a second average (JiT keeps 0.9999 and 0.9996); null for none")
-    precision: Literal["float32", "bfloat16"] = option(
-        "float32", "bfloat16 runs the model under autocast", change_on_resume="warn"
+    precision: Precision = option(
+        "float32", "tf32 allows a GPU that, bfloat16 runs the model under autocast", change_on_resume="warn"
     )
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one", change_on_resume=True)

@@ -16,6 +16,7 @@ from models.data import check_labels, load_dataset, save_grid
 from models.files import FileLock, write_atomically
 from models.objectives import objective_for
 from models.options import read_yaml, to_yaml
+from models.precision import float32_products
 from models.progress import progress_bar
 from models.sampling import balanced_labels, check_decodable, sample_images, to_images
 from models.training.batches import ShuffledBatches, load_batches
@@ -161,16 +162,7 @@ class Trainer:
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         images = images if self.data.draw is None else self.data.draw(images)
         t, noise = self.objective.draw_times(len(images), self.device), torch.randn_like(images)
-        totals, auxes = torch.zeros(2, device=self.device), []
-        parts = [tensor.tensor_split(self.config.accumulation) for tensor in (images, labels, t, noise)]
-        for part, (x, y, t_part, noise_part) in enumerate(zip(*parts, strict=True), 1):
-            share = len(x) / len(images)
-            with self.processes.combine(self.replica, last=part == self.config.accumulation):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-                    result = self.objective.loss(self.replica, x, y, t=t_part, noise=noise_part)
-                (result.loss * share).backward()
-            totals += share * torch.stack([result.loss, result.mse.mean()]).detach()
-            auxes.append(result.aux)
+        totals, auxes = self._accumulate(images, labels, t, noise)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
         stats = StepStats(*self.processes.mean(totals).tolist(), grad_norm.item())
         if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
@@ -245,6 +237,21 @@ class Trainer:
             "window": [dataclasses.astuple(stats) for stats in self.window],
             "environment": self._environment(),
         }
+
+    def _accumulate(self, *batch: Tensor) -> tuple[Tensor, list[Any]]:
+        """Gradients of images, labels, times and noise, part by part; means of loss and error, and each part's aux."""
+        totals, auxes = torch.zeros(2, device=self.device), []
+        parts = zip(*(tensor.tensor_split(self.config.accumulation) for tensor in batch), strict=True)
+        with float32_products(self.config.precision):
+            for part, (x, labels, t, noise) in enumerate(parts, 1):
+                share = len(x) / len(batch[0])
+                with self.processes.combine(self.replica, last=part == self.config.accumulation):
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+                        result = self.objective.loss(self.replica, x, labels, t=t, noise=noise)
+                    (result.loss * share).backward()
+                totals += share * torch.stack([result.loss, result.mse.mean()]).detach()
+                auxes.append(result.aux)
+        return totals, auxes
 
     def _compile(self) -> None:
         """Compiles the blocks if that is asked for, once a scheduled capacity, a constant to the compiler, is final."""

@@ -1,4 +1,4 @@
-"""Sampling in bfloat16: the experts' weights are cast once, and come back as they were."""
+"""bfloat16 casts experts once in sampling, TF32 is allowed to a run alone; both come back as they were."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from diffmoe_kernels.modules import Experts
 from diffmoe_kernels.testing import relative_error
 from diffmoe_kernels.triton_support import HAS_TRITON
 from models import create_model
-from models.precision import experts_cast_once
+from models.precision import experts_cast_once, float32_products
 from models.sampling import sample_batches, sample_images
+from models.training.trainer import Trainer
+from tests.models.runs import tiny
 
 LABELS = torch.tensor([0, 1])
 
@@ -90,3 +92,32 @@ def test_the_kernels_cast_nothing_meanwhile():
     with torch.no_grad(), experts_cast_once(layer, "bfloat16"), Casts(shapes) as casts:
         layer(torch.randn(2, 16, dtype=torch.bfloat16), routing)
     assert casts.count == 0
+
+
+@pytest.mark.parametrize(("precision", "setting"), [("tf32", "high"), ("float32", "highest"), ("bfloat16", "highest")])
+def test_products_may_be_tf32_in_training_and_sampling_alone(precision, setting, tmp_path):
+    seen: dict[str, set[str]] = {"forward": set(), "backward": set()}
+
+    def note(when: str, *_: object) -> None:
+        seen[when].add(torch.get_float32_matmul_precision())
+
+    trainer = Trainer(tiny(tmp_path / "run", steps=1, precision=precision, accumulation=2))
+    layer = trainer.model.blocks[0].attn
+    layer.register_forward_hook(lambda *_: note("forward"))
+    layer.qkv.weight.register_hook(lambda _: note("backward"))
+    trainer.fit()
+    assert seen == {"forward": {setting}, "backward": {setting}}
+
+    model = trainer.averages["ema"].module
+    seen["forward"].clear()
+    model.blocks[0].attn.register_forward_hook(lambda *_: note("forward"))
+    sample_images(model, LABELS, steps=1, precision=precision)
+    assert seen["forward"] == {setting}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_setting_comes_back_after_an_error():
+    with pytest.raises(ZeroDivisionError), float32_products("tf32"):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"  # which the kernels read
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == "highest"
