@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from models.data import check_labels, load_dataset, save_grid
 from models.files import FileLock, write_atomically
@@ -163,8 +164,10 @@ class Trainer:
         images = images if self.data.draw is None else self.data.draw(images)
         t, noise = self.objective.draw_times(len(images), self.device), torch.randn_like(images)
         totals, auxes = self._accumulate(images, labels, t, noise)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
-        stats = StepStats(*self.processes.mean(totals).tolist(), grad_norm.item())
+        grad_norm = get_total_norm([one.grad for one in self.parameters if one.grad is not None])
+        if self.config.grad_clip is not None:  # else a pass over all gradients would multiply them by 1
+            clip_grads_with_norm_(self.parameters, self.config.grad_clip, grad_norm)
+        stats = StepStats(*torch.stack([*self.processes.mean(totals), grad_norm]).tolist())
         if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
             raise self._non_finite(f"the loss is {stats.loss} and the gradient's norm {stats.grad_norm}", self.step + 1)
 
