@@ -56,18 +56,16 @@ def cache_file() -> Path:
 def best_tile(
     kernel: str, shape_class: tuple, default: TileT, candidates: Iterable[TileT], launch: Callable[[TileT], object]
 ) -> TileT:
-    """The tile for a launch: the default, or with the search on the fastest of the candidates and the default.
+    """The tile for a launch where the search `is_on`: the fastest of the candidates and the default.
 
     Args:
         kernel: its name.
         shape_class: what else decides which tile is best: sizes, dtype, options; of plain numbers and strings.
-        default: the tile where nothing is searched.
+        default: tried first, and taken while a CUDA graph is captured.
         candidates: tried once per shape class, device and version of Triton; those that do not fit are passed over.
         launch: runs the kernel with a tile on the data at hand; called many times, from other threads too, so it must
             not change its inputs.
     """
-    if not is_on():
-        return default
     file = cache_file()
     key = " | ".join(map(str, (device_name(), f"triton {triton.__version__}", kernel, *shape_class)))
     if key not in _read.get(file, ()):

@@ -60,8 +60,7 @@ class Operator:
         self._function = function
         self._gradient = _gradient_of(self)
         for method, key in ((self._on_its_device, "CompositeExplicitAutograd"), (self._differentiable, "Autograd")):
-            # Where a graph broke, tracing would go on inside the launcher.
-            library.impl(self.overload, torch._disable_dynamo(functools.partial(method)), key)
+            library.impl(self.overload, functools.partial(method), key)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or kwargs or not self._unobserved(args):
@@ -149,11 +148,16 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     return functools.partial(Operator, name)
 
 
-# Where a graph broke, these would be traced once for every operator. It is Dynamo's `skip_code`, without its import.
+# Where a graph broke, the first would be traced once for every operator, and tracing would go on inside the launchers.
+# It is Dynamo's `skip_code` and `disable`, without its import and, called from a compiled graph, at no cost.
 _frames = torch._C._dynamo.eval_frame
-_skipped = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
-for method in (Operator.__call__, Operator._unobserved, Operator._find_tensors):
-    _frames.set_code_exec_strategy(method.__code__, _skipped)
+for skipped, of_what_they_call in (
+    ((Operator.__call__, Operator._unobserved, Operator._find_tensors), _frames._FrameAction.DEFAULT),
+    ((Operator._on_its_device, Operator._differentiable), _frames._FrameAction.SKIP),
+):
+    for method in skipped:
+        strategy = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, of_what_they_call)
+        _frames.set_code_exec_strategy(method.__code__, strategy)
 
 
 def empty_for_none(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -61,7 +61,16 @@ def chip_generation() -> int:
 
     sm_12x has the shared memory of sm_8x, and neither warp-group products nor tensor memory.
     """
-    arch = 80 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+    if INTERPRETED:
+        return 80
+    driver = triton.runtime.driver.active
+    return _generation(driver, driver.get_current_device())
+
+
+@functools.cache
+def _generation(driver: object, device: int) -> int:
+    """Of the driver's current device, which is ``device``."""
+    arch = driver.get_current_target().arch
     return 100 if 100 <= arch < 120 else 90 if 90 <= arch < 100 else 80
 
 
@@ -97,6 +106,11 @@ def multiprocessors(device: torch.device) -> int:
 def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: float32 as IEEE says, unless torch's own setting allows TF32."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of ``size`` hold n: `triton.cdiv` for the host, where that one takes 2 microseconds."""
+    return -(-n // size)
 
 
 def next_power_of_2(n: int) -> int:

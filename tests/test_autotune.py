@@ -57,7 +57,12 @@ def test_off_by_default(monkeypatch, tmp_path):
     monkeypatch.delenv("DIFFMOE_AUTOTUNE", raising=False)
     monkeypatch.setenv("DIFFMOE_CACHE_DIR", str(tmp_path))
     timed: list[Tile] = []
-    assert search(timed) == DEFAULT
+    sizes = 64, 2, 16, 16
+    assert tiles.best_product_tile("rows", timed.append, sizes, torch.float32) == tiles.pick_tile(
+        "rows", *sizes, torch.float32
+    )
+    expected = tiles.pick_weight_grad_tile(16, 16, torch.float32)
+    assert tiles.best_weight_grad_tile(timed.append, sizes, torch.float32) == expected
     assert not timed and not list(tmp_path.iterdir())
 
 

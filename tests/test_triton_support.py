@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,7 +37,11 @@ def test_input_precision_follows_torch(restored):
     ("arch", "generation"), [(80, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80), (121, 80)]
 )
 def test_a_chip_takes_the_tiles_that_fit_it(arch, generation, monkeypatch):
-    target = SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=arch))
+    target = SimpleNamespace(arch=arch)
+    driver = Mock(get_current_target=Mock(return_value=target), get_current_device=Mock(return_value=0))
     monkeypatch.setattr(triton_support, "INTERPRETED", False)
-    monkeypatch.setattr(triton_support.triton.runtime.driver, "_active", target)
-    assert triton_support.chip_generation() == generation
+    monkeypatch.setattr(triton_support.triton.runtime.driver, "_active", driver)
+    assert triton_support.chip_generation() == triton_support.chip_generation() == generation
+    assert driver.get_current_target.call_count == 1
+    target.arch, driver.get_current_device.return_value = 80, 1  # another device of the machine
+    assert triton_support.chip_generation() == 80

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.triton_support import next_power_of_2
+from diffmoe_kernels.triton_support import cdiv, next_power_of_2
 
 # Tokens of a program, that share its sample's vectors: few where there are not BUSY. MOST in the backward of both ops,
 # whose registers leave room for three programs on a multiprocessor: DSMoE-L's 16,384 tokens in one wave of an H200.
@@ -251,7 +251,7 @@ def adaln_fwd(
     if x.numel() == 0:
         return stream, out
     tiles = _tiles(*x.shape, FORWARD_ELEMENTS)
-    _adaln_fwd_kernel[(batch * triton.cdiv(num_tokens, tiles["TOKENS"]),)](
+    _adaln_fwd_kernel[(batch * cdiv(num_tokens, tiles["TOKENS"]),)](
         x,
         y,
         gate,
@@ -309,7 +309,7 @@ def adaln_bwd(
         return grad_x, grad_y, *vectors, None if weight is None else torch.zeros_like(weight)
     many = MOST if has_norm and residual is not None else MANY
     tiles = _tiles(*stream.shape, BACKWARD_ELEMENTS if has_norm else FORWARD_ELEMENTS, many)
-    num_chunks = triton.cdiv(num_tokens, tiles["TOKENS"])
+    num_chunks = cdiv(num_tokens, tiles["TOKENS"])
     kinds = (residual is not None) + 2 * has_norm
     parts = stream.new_empty(batch * num_chunks, kinds, width, dtype=torch.float32)
     _adaln_bwd_kernel[(batch * num_chunks,)](
@@ -332,7 +332,7 @@ def adaln_bwd(
         KINDS=kinds,
         **tiles,
     )
-    _adaln_sum_chunks_kernel[(batch, triton.cdiv(width, SUMMED_COLUMNS))](
+    _adaln_sum_chunks_kernel[(batch, cdiv(width, SUMMED_COLUMNS))](
         parts,
         scale,
         weight,

@@ -24,7 +24,7 @@ from diffmoe_kernels.ops.experts._triton_backward import (
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.permute._triton import permute_fwd, unpermute_fwd
 from diffmoe_kernels.routing import Routing
-from diffmoe_kernels.triton_support import next_power_of_2
+from diffmoe_kernels.triton_support import cdiv, next_power_of_2
 
 ELEMENTS = 4096  # of a tile, forward
 
@@ -113,7 +113,7 @@ def _epilogue(pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: T
     block_c = min(next_power_of_2(width), COLUMNS)
     groups = next_power_of_2(num_groups)
     block_r = rows_of_tile(ELEMENTS, block_c, groups)
-    grid = (triton.cdiv(pre.shape[0], block_r), triton.cdiv(width, block_c))
+    grid = (cdiv(pre.shape[0], block_r), cdiv(width, block_c))
     _experts_activation_fwd_kernel[grid](
         pre,
         bias,
@@ -181,7 +181,7 @@ def experts_bwd(
     block_c = min(next_power_of_2(width), COLUMNS)
     groups = next_power_of_2(num_groups)
     block_r = rows_of_tile(ELEMENTS_BACKWARD, block_c, groups)
-    _experts_activation_bwd_kernel[(triton.cdiv(pre.shape[0], block_r),)](
+    _experts_activation_bwd_kernel[(cdiv(pre.shape[0], block_r),)](
         grad_hidden,
         gates,
         pre,

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffmoe_kernels.ops.grouped_gemm._triton import find_tile, group_tiles, most_tiles, multiply_rows
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
 from diffmoe_kernels.routing import Routing
-from diffmoe_kernels.triton_support import Tile, describe, input_precision, next_power_of_2, num_programs
+from diffmoe_kernels.triton_support import Tile, cdiv, describe, input_precision, next_power_of_2, num_programs
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def up_projection(
 
     def launch(tile: Tile) -> None:
         descriptors = describe((up, (1, tile.n, tile.k))) if tile.descriptors else None
-        grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * triton.cdiv(width, tile.n), x)
+        grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * cdiv(width, tile.n), x)
         _experts_up_fwd_kernel[(grid,)](
             x,
             token_indices,

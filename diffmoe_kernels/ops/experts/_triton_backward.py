@@ -18,7 +18,7 @@ from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
 from diffmoe_kernels.ops.permute._triton import unpermute_fwd
 from diffmoe_kernels.routing import Routing
-from diffmoe_kernels.triton_support import Tile, describe, input_precision, next_power_of_2, num_programs
+from diffmoe_kernels.triton_support import Tile, cdiv, describe, input_precision, next_power_of_2, num_programs
 
 COLUMNS, ELEMENTS_BACKWARD = 512, 2048  # of a step over a row's columns, of a tile
 
@@ -206,7 +206,7 @@ def down_backward(
 
     def launch(tile: Tile) -> Tensor:
         descriptors = describe((down, (1, tile.k, tile.n))) if tile.descriptors else None
-        tiles_n = triton.cdiv(width, tile.n)
+        tiles_n = cdiv(width, tile.n)
         parts = gates.new_empty(tiles_n, num_rows)
         grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * tiles_n, pre)
         _experts_down_bwd_kernel[(grid,)](
@@ -240,7 +240,7 @@ def down_backward(
     block_r = max(ELEMENTS_BACKWARD // block_p, 4)
     if down_bias is not None:
         block_r = rows_of_tile(ELEMENTS_BACKWARD, block_c, groups)
-    _experts_gates_bwd_kernel[(triton.cdiv(num_rows, block_r),)](
+    _experts_gates_bwd_kernel[(cdiv(num_rows, block_r),)](
         parts,
         group_offsets,
         grad_out,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_product_tile
-from diffmoe_kernels.triton_support import Tile, describe, input_precision, next_power_of_2, num_programs
+from diffmoe_kernels.triton_support import Tile, cdiv, describe, input_precision, next_power_of_2, num_programs
 
 
 # group_offsets (E,) -> begin, end, last (GROUPS,): each group's rows, and how many row tiles there are up to its end
@@ -137,7 +137,7 @@ def _grouped_gemm_fwd_kernel(
 
 def most_tiles(num_rows: int, num_groups: int, block_m: int) -> int:
     """The most row tiles that groups of `num_rows` rows in all can fill: each may end in a part of one."""
-    return triton.cdiv(num_rows, block_m) + min(num_groups, num_rows)
+    return cdiv(num_rows, block_m) + min(num_groups, num_rows)
 
 
 def multiply_rows(
@@ -169,7 +169,7 @@ def multiply_rows(
         if tile.descriptors:
             block_w = (1, tile.n, tile.k) if k_inner else (1, tile.k, tile.n)
             descriptors = describe((x, (tile.m, tile.k)), (w.mT if k_inner else w, block_w))
-        grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * triton.cdiv(num_columns, tile.n), x)
+        grid = num_programs(most_tiles(num_rows, num_groups, tile.m) * cdiv(num_columns, tile.n), x)
         _grouped_gemm_fwd_kernel[(grid,)](
             *(descriptors or (x, w)),
             bias,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffmoe_kernels.triton_support import cdiv
+
 ROWS, COLUMNS = 128, 64  # of a tile
 
 
@@ -61,7 +63,7 @@ def sum_rows(
     if out.numel() == 0:
         return out
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    _grouped_gemm_sum_rows_kernel[(num_groups, triton.cdiv(num_columns, COLUMNS))](
+    _grouped_gemm_sum_rows_kernel[(num_groups, cdiv(num_columns, COLUMNS))](
         rows,
         token_indices,
         gates,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffmoe_kernels.ops.grouped_gemm._triton import group_tiles
 from diffmoe_kernels.ops.grouped_gemm.tiles import best_weight_grad_tile, weight_grad_shares
-from diffmoe_kernels.triton_support import Tile, input_precision, next_power_of_2
+from diffmoe_kernels.triton_support import Tile, cdiv, input_precision, next_power_of_2
 
 PART_ROWS = 16  # of a tile, whose parts a program adds
 
@@ -243,7 +243,7 @@ def weight_grad(
     layout = Layout(size_m, size_n, a.stride(0), b.stride(0), gather or "none", input_precision(a.dtype))
 
     def launch(tile: Tile) -> None:
-        num_tiles = num_groups * triton.cdiv(size_m, tile.m) * triton.cdiv(size_n, tile.n)
+        num_tiles = num_groups * cdiv(size_m, tile.m) * cdiv(size_n, tile.n)
         shares = weight_grad_shares(num_tiles, num_rows // num_groups, tile, out) if num_shares is None else num_shares
         if shares == 0:
             grid = (num_tiles,)

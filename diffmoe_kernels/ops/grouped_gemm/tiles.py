@@ -9,6 +9,7 @@ comes by tensor descriptors, but where pointers did better.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -16,8 +17,15 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.autotune import best_tile
-from diffmoe_kernels.triton_support import Tile, chip_generation, input_precision, multiprocessors, next_power_of_2
+from diffmoe_kernels.autotune import best_tile, is_on
+from diffmoe_kernels.triton_support import (
+    Tile,
+    cdiv,
+    chip_generation,
+    input_precision,
+    multiprocessors,
+    next_power_of_2,
+)
 
 FEW, SOME = 32, 128  # rows of an average group, up to which a tile of 32 or 64 rows wastes less than one of 128
 TALL = 1024  # from which a tile of 256 rows wastes an eighth of a group or less, on average
@@ -75,14 +83,30 @@ def pick_tile(
         kernel: "up", "rows" or "down_backward".
         paired: two products that share their rows, each of `num_columns` columns.
     """
+    sizes = num_rows, num_groups, num_columns, depth
+    return _pick_tile(kernel, *sizes, dtype, paired, chip_generation(), _without_tensor_cores(dtype))
+
+
+@functools.lru_cache(1024)  # asked for at every launch
+def _pick_tile(
+    kernel: str,
+    num_rows: int,
+    num_groups: int,
+    num_columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    paired: bool,
+    chip: int,
+    without_tensor_cores: bool,
+) -> Tile:
     heavy = _is_heavy(kernel, paired)
     average = num_rows / max(num_groups, 1)
     kind = "few" if average <= FEW else "some" if average <= SOME else "many"
-    if _without_tensor_cores(dtype):
+    if without_tensor_cores:
         return _FLOAT32["paired" if heavy else kind]
     if not _is_aligned(num_columns, depth, dtype):
         return _UNALIGNED
-    generation = min(chip_generation(), 90)
+    generation = min(chip, 90)
     tile = (_PAIRED if heavy else _PLAIN)[generation, kind]
     if dtype == torch.float32:
         if tile.n == (128 if heavy else 256):
@@ -101,11 +125,16 @@ def pick_tile(
 
 def pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype) -> Tile:
     """The tile of a product (E, size_m, size_n) over each group's rows."""
-    if _without_tensor_cores(dtype):
+    return _pick_weight_grad_tile(size_m, size_n, dtype, chip_generation(), _without_tensor_cores(dtype))
+
+
+@functools.lru_cache(1024)
+def _pick_weight_grad_tile(size_m: int, size_n: int, dtype: torch.dtype, chip: int, without_tensor_cores: bool) -> Tile:
+    if without_tensor_cores:
         return _FLOAT32["weight_grad"]
     if not _is_aligned(size_m, size_n, dtype):
         return _UNALIGNED
-    tile = _WEIGHT_GRAD[min(chip_generation(), 90)]
+    tile = _WEIGHT_GRAD[min(chip, 90)]
     upright = _fitted(tile, size_n, dtype)
     if dtype == torch.float32 or tile.m == tile.n:
         return upright
@@ -122,7 +151,7 @@ def weight_grad_shares(num_tiles: int, rows_a_group: int, tile: Tile, like: Tens
     if chip_generation() != 90 or tile.m * tile.n < 128 * 128:  # of smaller ones more run at once
         return 0
     programs, steps = multiprocessors(like.device) * max(8 // tile.warps, 1), rows_a_group // tile.k
-    rounds, share = -(-num_tiles // programs) * steps, num_tiles * steps / programs + PARTS
+    rounds, share = cdiv(num_tiles, programs) * steps, num_tiles * steps / programs + PARTS
     return programs if share < 0.9 * rounds else 0
 
 
@@ -137,6 +166,8 @@ def best_product_tile(
     """`pick_tile`'s of these (rows, groups, columns, depth), or what an opt-in search found; see `autotune`."""
     num_rows, num_groups, num_columns, depth = sizes
     default = pick_tile(kernel, *sizes, dtype, paired=paired)
+    if not is_on():
+        return default
     shape_class = (next_power_of_2(num_rows // num_groups), *sizes[1:], dtype, input_precision(dtype), *options)
     return best_tile(kernel, shape_class, default, candidates(dtype, paired=_is_heavy(kernel, paired)), launch)
 
@@ -147,6 +178,8 @@ def best_weight_grad_tile(
     """The same for (rows, groups, size_m, size_n) of `pick_weight_grad_tile`."""
     num_rows, num_groups, size_m, size_n = sizes
     default = pick_weight_grad_tile(size_m, size_n, dtype)
+    if not is_on():
+        return default
     shape_class = (next_power_of_2(num_rows // num_groups), *sizes[1:], dtype, input_precision(dtype), *options)
     return best_tile("weight_grad", shape_class, default, candidates(dtype, weight_grad=True), launch)
 
@@ -166,7 +199,7 @@ def _is_aligned(size: int, other: int, dtype: torch.dtype) -> bool:
 
 
 def _padded(size: int, block: int) -> int:
-    return -(-size // block) * block
+    return cdiv(size, block) * block
 
 
 def _half_is_better(n: int, num_columns: int) -> bool:

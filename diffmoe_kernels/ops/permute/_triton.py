@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmoe_kernels.triton_support import next_power_of_2
+from diffmoe_kernels.triton_support import cdiv, next_power_of_2
 
 ELEMENTS = 4096  # of a block: 16 bytes a load for 4 warps, four loads in flight
 
@@ -120,7 +120,7 @@ def permute_fwd(x: Tensor, token_indices: Tensor, group_offsets: Tensor) -> Tens
     if out.numel() == 0:
         return out
     block_r, block_d = _blocks(x.shape[1])
-    grid = (triton.cdiv(out.shape[0], block_r), triton.cdiv(out.shape[1], block_d))
+    grid = (cdiv(out.shape[0], block_r), cdiv(out.shape[1], block_d))
     _permute_fwd_kernel[grid](
         x, token_indices, group_offsets, out, group_offsets.shape[0], out.shape[1], block_r, block_d
     )
@@ -141,7 +141,7 @@ def unpermute_fwd(
     if out.numel() == 0:
         return out
     block_t, block_d = _blocks(num_columns)
-    grid = (triton.cdiv(num_tokens, block_t), triton.cdiv(num_columns, block_d))
+    grid = (cdiv(num_tokens, block_t), cdiv(num_columns, block_d))
     _unpermute_fwd_kernel[grid](
         rows,
         gates,
@@ -165,7 +165,7 @@ def unpermute_bwd(
     if rows.numel() == 0:
         return grad_rows, grad_gates.zero_()
     block_r, block_d = _blocks(rows.shape[1], 2 * ELEMENTS)  # with 8 warps: with 4 some compilers spill
-    _unpermute_bwd_kernel[(triton.cdiv(rows.shape[0], block_r),)](
+    _unpermute_bwd_kernel[(cdiv(rows.shape[0], block_r),)](
         rows,
         gates,
         token_indices,

@@ -27,6 +27,7 @@ from diffmoe_kernels.ops.rope_attention._prepare import (
     zeros_like_head,
 )
 from diffmoe_kernels.ops.rope_attention.tiles import AttentionTile, best_attention_tile, programs_of_head
+from diffmoe_kernels.triton_support import cdiv
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Finite, so that where a block's scores are all -inf their weights are 0, not NaN.
@@ -124,7 +125,7 @@ def rope_attention_fwd(
     constants = settings.constants(qkv)
 
     def launch(tile: AttentionTile) -> None:
-        programs = programs_of_head(tile, triton.cdiv(num_tokens, tile.m), settings.num_heads * batch, qkv)
+        programs = programs_of_head(tile, cdiv(num_tokens, tile.m), settings.num_heads * batch, qkv)
         _rope_attention_fwd_kernel[(programs, settings.num_heads, batch)](
             qkv,
             table,

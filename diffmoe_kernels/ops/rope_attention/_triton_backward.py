@@ -29,6 +29,7 @@ from diffmoe_kernels.ops.rope_attention._prepare import (
 )
 from diffmoe_kernels.ops.rope_attention._triton import LOG2E
 from diffmoe_kernels.ops.rope_attention.tiles import AttentionTile, best_attention_tile, programs_of_head
+from diffmoe_kernels.triton_support import cdiv
 
 
 @triton.jit
@@ -220,7 +221,7 @@ def rope_attention_bwd(
         return Norm(*sums)
 
     def launch_by_queries(tile: AttentionTile) -> Norm:
-        blocks = triton.cdiv(num_tokens, tile.m)
+        blocks = cdiv(num_tokens, tile.m)
         by_norm = parts(q_norm, num_heads, blocks)
         _rope_attention_bwd_q_kernel[(programs_of_head(tile, blocks, num_heads * batch, qkv), num_heads, batch)](
             *(qkv, table, q_norm, k_norm, out, grad, lse, grad_qkv, delta, by_norm, num_tokens, settings.scale),
@@ -231,7 +232,7 @@ def rope_attention_bwd(
         return by_norm
 
     def launch_by_keys(tile: AttentionTile) -> Norm:
-        blocks = triton.cdiv(num_tokens, tile.n)
+        blocks = cdiv(num_tokens, tile.n)
         by_norm = parts(k_norm, num_kv_heads, blocks)
         _rope_attention_bwd_kv_kernel[(programs_of_head(tile, blocks, num_kv_heads * batch, qkv), num_kv_heads, batch)](
             *(qkv, table, q_norm, k_norm, grad, lse, delta, grad_qkv, by_norm, num_tokens, settings.scale),

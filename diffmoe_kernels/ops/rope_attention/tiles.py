@@ -10,6 +10,7 @@ and to make the compiler run warp-group products one by one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import starmap
@@ -17,8 +18,8 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from diffmoe_kernels.autotune import best_tile
-from diffmoe_kernels.triton_support import chip_generation, multiprocessors, next_power_of_2
+from diffmoe_kernels.autotune import best_tile, is_on
+from diffmoe_kernels.triton_support import cdiv, chip_generation, multiprocessors, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,19 @@ def pick_tile(
 
     group: query heads to a key head, over which the kernel goes: in "key_backward" alone.
     """
-    chip = chip_generation()
+    return _pick_tile(kernel, dtype, head_dim, norm, num_tokens, group, chip_generation())
+
+
+@functools.lru_cache(1024)  # asked for at every launch
+def _pick_tile(
+    kernel: str, dtype: torch.dtype, head_dim: int, norm: str, num_tokens: int, group: int, chip: int
+) -> AttentionTile:
     if dtype == torch.float32:
         return _FLOAT32[kernel][norm][head_dim > 64]
     if chip < 90:
         return _SM80[kernel]
-    channels = 2 * sum(pairs_of_tiles(head_dim, norm))
-    blocks = -(-num_tokens // _ROWS64.n)
+    channels = 2 * sum(_pairs_of_tiles(head_dim, norm, chip))
+    blocks = cdiv(num_tokens, _ROWS64.n)
     kept_bytes = 2 * blocks * _ROWS64.n * channels * dtype.itemsize
     # Five with a norm would take a register too many where float16 is multiplied.
     most = MAX_KEPT - (kernel == "key_backward" and norm != "none" and dtype == torch.float16)
@@ -147,7 +154,9 @@ def best_attention_tile(
     group = constants["NUM_HEADS"] // constants["NUM_KV_HEADS"] if kernel == "key_backward" else 1
     layout = constants["LAYOUT"]
     default = pick_tile(kernel, qkv.dtype, layout.d, layout.norm, num_tokens, group)
-    length = -(-num_tokens // _ROWS64.n), num_tokens % _ROWS64.n == 0
+    if not is_on():
+        return default
+    length = cdiv(num_tokens, _ROWS64.n), num_tokens % _ROWS64.n == 0
     others = (value for name, value in constants.items() if name != "LAYOUT")
     shape_class = (next_power_of_2(batch), *length, qkv.dtype, *layout, *others, *options)
     tried = candidates(kernel, qkv.dtype, num_tokens, keeps=default.kept > 0)
@@ -170,7 +179,7 @@ def candidates(kernel: str, dtype: torch.dtype, num_tokens: int, *, keeps: bool)
     if keeps:
         for rows, others, warps in _TRIED_KEPT:
             if others < 2 * num_tokens:
-                yield replace(tile(rows, others, warps), kept=-(-num_tokens // others))
+                yield replace(tile(rows, others, warps), kept=cdiv(num_tokens, others))
 
 
 def programs_of_head(tile: AttentionTile, blocks: int, num_heads: int, like: Tensor) -> int:
@@ -186,9 +195,14 @@ def pairs_of_tiles(head_dim: int, norm: str) -> tuple[int, int]:
 
     A norm wants all in one; so do chips before sm_90, whose registers hold what theirs keep in shared memory.
     """
-    pairs = -(-head_dim // 2)
+    return _pairs_of_tiles(head_dim, norm, chip_generation())
+
+
+@functools.lru_cache(1024)
+def _pairs_of_tiles(head_dim: int, norm: str, chip: int) -> tuple[int, int]:
+    pairs = cdiv(head_dim, 2)
     whole = max(next_power_of_2(pairs), LEAST_PAIRS)
     half = max(whole // 2, LEAST_PAIRS)
     tail = max(next_power_of_2(pairs - half), LEAST_PAIRS)
-    is_split = norm == "none" and half + tail < whole and chip_generation() >= 90
+    is_split = norm == "none" and half + tail < whole and chip >= 90
     return (half, tail) if is_split else (whole, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffmoe_kernels.ops.router_topk._triton import rank_in_list, scan
 from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T
 from diffmoe_kernels.routing import empty_fields
-from diffmoe_kernels.triton_support import next_power_of_2
+from diffmoe_kernels.triton_support import cdiv, next_power_of_2
 
 BLOCK = BLOCK_T  # slots, a bit of a mask each
 MAX_LISTS = 64  # of a program of `_routing_from_topk_mask_kernel`
@@ -144,14 +144,14 @@ def routing_from_topk_fwd(
         for tensor in maps[2:4]:
             tensor.zero_()
         return maps
-    num_blocks = triton.cdiv(num_slots, BLOCK)
+    num_blocks = cdiv(num_slots, BLOCK)
     masks = maps[1].new_empty(num_experts + 1, num_blocks)
     lists = min(next_power_of_2(num_experts + 1), MAX_LISTS)
     blocks = min(TILE // (BLOCK * lists), MAX_BLOCKS)
-    grid = triton.cdiv(num_blocks, blocks), triton.cdiv(num_experts + 1, lists)
+    grid = cdiv(num_blocks, blocks), cdiv(num_experts + 1, lists)
     _routing_from_topk_mask_kernel[grid](topk_ids, masks, num_slots, num_blocks, num_experts, BLOCK, blocks, lists)
     begins, totals = scan(masks)
-    _routing_from_topk_place_kernel[(triton.cdiv(num_slots, PLACE),)](
+    _routing_from_topk_place_kernel[(cdiv(num_slots, PLACE),)](
         topk_ids,
         topk_weights,
         masks,
@@ -184,7 +184,7 @@ def routing_from_topk_bwd(
     num_tokens, top_k = topk_ids.shape
     width = next_power_of_2(top_k)
     place_t = max(PLACE // width, 1)
-    _routing_from_topk_bwd_kernel[(triton.cdiv(num_tokens, place_t),)](
+    _routing_from_topk_bwd_kernel[(cdiv(num_tokens, place_t),)](
         grad_gates,
         topk_ids,
         token_offsets,

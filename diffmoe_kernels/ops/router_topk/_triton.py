@@ -19,7 +19,7 @@ from diffmoe_kernels.ops.router_topk._triton_backward import router_topk_bwd
 from diffmoe_kernels.ops.router_topk.outputs import outputs_of
 from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T, NARROW, PLACE_T, SCAN, TILE
 from diffmoe_kernels.triton_order import LOWEST, number_of, order_key
-from diffmoe_kernels.triton_support import next_power_of_2
+from diffmoe_kernels.triton_support import cdiv, next_power_of_2
 
 __all__ = ["rank_in_list", "router_topk_fwd", "router_topk_bwd", "scan"]
 
@@ -247,7 +247,7 @@ def router_topk_fwd(
         group_offsets.zero_()
         token_offsets.zero_()
         return outputs
-    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
+    num_blocks = cdiv(num_tokens, BLOCK_T)
     masks = group_offsets.new_empty(num_experts, num_blocks)
     if top_groups == num_groups:
         num_groups = top_groups = 1
@@ -276,7 +276,7 @@ def router_topk_fwd(
         num_warps=1,
     )
     begins, totals = scan(masks)
-    _router_topk_place_kernel[(triton.cdiv(num_tokens, PLACE_T),)](
+    _router_topk_place_kernel[(cdiv(num_tokens, PLACE_T),)](
         scores,
         topk_ids,
         masks,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T, TILE
-from diffmoe_kernels.triton_support import next_power_of_2
+from diffmoe_kernels.triton_support import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def router_topk_bwd(
     width = next_power_of_2(num_experts)
     vector = min(16 // scores.element_size(), width)
     tile_t = min(BLOCK_T, TILE // width)
-    _router_topk_bwd_kernel[(triton.cdiv(num_tokens, tile_t),)](
+    _router_topk_bwd_kernel[(cdiv(num_tokens, tile_t),)](
         grad_weights,
         grad_scores,
         grad_gates,

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffmoe_kernels.ops.token_drop._select import select, sigmoid, tile_of
 from diffmoe_kernels.ops.token_drop._triton import bounds
 from diffmoe_kernels.triton_order import number_of
-from diffmoe_kernels.triton_support import next_power_of_2
+from diffmoe_kernels.triton_support import cdiv, next_power_of_2
 
 SUM_BLOCK = 1024
 
@@ -135,7 +135,7 @@ def capacity_loss_fwd(logits: Tensor, group_offsets: Tensor, token_offsets: Tens
     if logits.numel() == 0:
         return mean.zero_()
     tile = tile_of(num_experts, num_tokens)
-    partial = logits.new_empty(triton.cdiv(num_tokens, tile[0]), dtype=torch.float32)
+    partial = logits.new_empty(cdiv(num_tokens, tile[0]), dtype=torch.float32)
     _capacity_loss_fwd_kernel[(partial.shape[0],)](
         logits, group_offsets, token_offsets, token_rows, partial, num_tokens, num_experts, *tile
     )
@@ -152,7 +152,7 @@ def capacity_loss_bwd(
     if logits.numel() == 0:
         return grad_logits
     tile = tile_of(num_experts, num_tokens)
-    _capacity_loss_bwd_kernel[(triton.cdiv(num_tokens, tile[0]),)](
+    _capacity_loss_bwd_kernel[(cdiv(num_tokens, tile[0]),)](
         grad,
         logits,
         group_offsets,

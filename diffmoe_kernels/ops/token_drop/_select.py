@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffmoe_kernels.triton_order import HIGHEST, LOWEST, order_key
-from diffmoe_kernels.triton_support import next_power_of_2
+from diffmoe_kernels.triton_support import cdiv, next_power_of_2
 
 IN_REGISTERS = 16384  # keys of a program: 16 of each of 1024 threads
 CHUNK = 4096  # keys of a program's step where a segment is longer
@@ -273,16 +273,16 @@ def select(
     pool_size = num_tokens // num_pools
     predicted = logits is not None
     in_registers = pool_size <= IN_REGISTERS
-    block = max(tile_of(num_experts, pool_size)[0], next_power_of_2(triton.cdiv(pool_size, MAX_BLOCKS)))
+    block = max(tile_of(num_experts, pool_size)[0], next_power_of_2(cdiv(pool_size, MAX_BLOCKS)))
     block = block if in_registers else min(block, CHUNK)
-    num_blocks = triton.cdiv(pool_size, block)
+    num_blocks = cdiv(pool_size, block)
     counts = scores.new_empty(num_pools, num_blocks, num_experts, dtype=torch.int32)
     wanted = scores.new_empty(num_experts, dtype=torch.int32) if predicted else None
     if in_registers:
         cut, ties = (scores.new_empty(num_pools, num_experts, dtype=torch.int32) for _ in range(2))
         height = next_power_of_2(pool_size)
         width = min(max(IN_REGISTERS // height, 1), next_power_of_2(num_experts), 16)
-        _token_drop_cut_kernel[(num_pools, triton.cdiv(num_experts, width))](
+        _token_drop_cut_kernel[(num_pools, cdiv(num_experts, width))](
             scores,
             logits,
             thresholds,
@@ -303,8 +303,8 @@ def select(
         return Selection(cut, ties, wanted, counts, block)
 
     num_segments = num_pools * num_experts
-    parts = min(next_power_of_2(triton.cdiv(pool_size, CHUNK)), MAX_PARTS)
-    num_chunks = triton.cdiv(pool_size, CHUNK * parts)
+    parts = min(next_power_of_2(cdiv(pool_size, CHUNK)), MAX_PARTS)
+    num_chunks = cdiv(pool_size, CHUNK * parts)
     grid = (num_experts, parts, num_pools)
     keys = scores.new_empty(num_experts, num_tokens, dtype=torch.int32)
     histograms = scores.new_empty(4, num_segments, parts, 256, dtype=torch.int32)

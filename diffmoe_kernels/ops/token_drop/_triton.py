@@ -16,6 +16,7 @@ from diffmoe_kernels.ops.token_drop._select import TILE, load_keys, select, tile
 
 __all__ = ["token_choice_drop_fwd", "token_drop_fwd", "token_drop_bwd"]
 from diffmoe_kernels.routing import empty_fields
+from diffmoe_kernels.triton_support import cdiv
 
 
 # scores (T, E), logits (T, E), thresholds (E,), cut, ties (P, E), wanted (E,), counts (P, B, E)
@@ -206,7 +207,7 @@ def token_drop_fwd(
         capacity,
         num_blocks,
         num_rows,
-        triton.cdiv(num_rows, programs),
+        cdiv(num_rows, programs),
         num_experts,
         chosen.block,
         block_t,
@@ -226,7 +227,7 @@ def token_drop_bwd(
     if grad_scores.numel() == 0 or grad_gates.numel() == 0:
         return grad_scores.zero_()
     tile = tile_of(num_experts, num_tokens)
-    _token_drop_bwd_kernel[(triton.cdiv(num_tokens, tile[0]),)](
+    _token_drop_bwd_kernel[(cdiv(num_tokens, tile[0]),)](
         grad_gates, group_offsets, token_offsets, token_rows, grad_scores, num_tokens, num_experts, *tile
     )
     return grad_scores
