@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from diffmoe_kernels import ExpertChoiceAux, ExpertChoiceMoE, MoE, MoEAux, RoPEAttention, ops
+from diffmoe_kernels import ExpertChoiceAux, ExpertChoiceMoE, MoE, MoEAux, RoPEAttention
 from diffmoe_kernels.backend import Backend
 from diffmoe_kernels.checks import as_records, check_floating, check_integer, check_shape
 from diffmoe_kernels.modules import ExpertChoiceRouter, Experts, FeedForward, TopKRouter
@@ -20,6 +20,7 @@ from models.layers import (
     LabelEmbedder,
     Mlp,
     PatchEmbed,
+    Stream,
     TimestepEmbedder,
     sincos_table,
     unpatchify,
@@ -158,13 +159,16 @@ class DiTBlock(nn.Module):
         self.use_moe = isinstance(mlp, MoE | ExpertChoiceMoE)  # it may be wrapped later
         self.adaLN_modulation = AdaLNModulation(config.hidden_size, 6)
 
-    def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, MoEAux | ExpertChoiceAux | None]:
+    def forward(
+        self, stream: Stream, c: Tensor, return_aux: bool = False
+    ) -> tuple[Stream, MoEAux | ExpertChoiceAux | None]:
         """(B, N, D), (B, D) -> (B, N, D), and the mixture's record where there is one and it is asked for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
-        y = self.attn(ops.adaln(x, shift_attn, scale_attn, backend=self.backend))
-        x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp, backend=self.backend)
+        x, h = stream.modulated(shift_attn, scale_attn, backend=self.backend)
+        stream = Stream(x, self.attn(h), gate_attn)
+        x, h = stream.modulated(shift_mlp, scale_mlp, backend=self.backend)
         y, aux = self.mlp(h, return_aux=True) if return_aux and self.use_moe else (self.mlp(h), None)
-        return ops.gated_residual(x, y, gate_mlp, backend=self.backend), aux
+        return Stream(x, y, gate_mlp), aux
 
 
 def dense_mlp(config: DiTConfig) -> nn.Module:
@@ -278,11 +282,11 @@ class DiT(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
-        layers = []
+        stream, layers = Stream(x), []
         for block in self.blocks:
-            x, layer_aux = block(x, c, return_aux)
+            stream, layer_aux = block(stream, c, return_aux)
             layers.append(layer_aux)
-        out = unpatchify(self.final_layer(x, c), self.config.patch_size)
+        out = unpatchify(self.final_layer(stream, c), self.config.patch_size)
         return (out, ModelAux(tuple(layers), self.aux_loss_weight)) if return_aux else out
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, labels: Tensor, cfg_scale: float) -> Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from diffmoe_kernels import Balance, MoE, MoEAux, RoPEAttention, ops
+from diffmoe_kernels import Balance, MoE, MoEAux, RoPEAttention
 from diffmoe_kernels.checks import check_choice
 from diffmoe_kernels.ops.adaln import NORMS
 from models.dit import DIGITS, DiT, MixtureConfig, check_least
-from models.layers import AdaLNModulation, Mlp
+from models.layers import AdaLNModulation, Mlp, Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +99,15 @@ class DSMoEBlock(nn.Module):
             self.mlp = Mlp(hidden_size, int(hidden_size * config.mlp_ratio), "silu")
         self.adaLN_modulation = AdaLNModulation(hidden_size, 6)
 
-    def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, MoEAux | None]:
+    def forward(self, stream: Stream, c: Tensor, return_aux: bool = False) -> tuple[Stream, MoEAux | None]:
         """(B, N, D), (B, D) -> (B, N, D), and the MoE layer's record where asked for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         options = {"norm": self.norm, "backend": self.backend}
-        y = self.attn(ops.adaln(x, shift_attn, scale_attn, weight=self.norm1.weight, **options))
-        x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp, weight=self.norm2.weight, **options)
+        x, h = stream.modulated(shift_attn, scale_attn, weight=self.norm1.weight, **options)
+        stream = Stream(x, self.attn(h), gate_attn)
+        x, h = stream.modulated(shift_mlp, scale_mlp, weight=self.norm2.weight, **options)
         y, aux = self._mlp(h, return_aux)
-        return ops.gated_residual(x, y, gate_mlp, backend=self.backend), aux
+        return Stream(x, y, gate_mlp), aux
 
     def _mlp(self, h: Tensor, return_aux: bool) -> tuple[Tensor, MoEAux | None]:
         if not self.use_moe:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from diffmoe_kernels import Balance, MoE, MoEAux, RoPEAttention, ops
+from diffmoe_kernels import Balance, MoE, MoEAux, RoPEAttention
 from diffmoe_kernels.modules import FeedForward
 from models.dit import DiT, DiTConfig, ModelAux, check_least
-from models.layers import AdaLNModulation, BottleneckPatchEmbed, FinalLayer, LabelEmbedder, unpatchify
+from models.layers import AdaLNModulation, BottleneckPatchEmbed, FinalLayer, LabelEmbedder, Stream, unpatchify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +107,13 @@ class JiTBlock(nn.Module):
             self.mlp = FeedForward(hidden_size, width, bias=True)
         self.adaLN_modulation = AdaLNModulation(hidden_size, 6)
 
-    def forward(self, x: Tensor, c: Tensor, return_aux: bool = False) -> tuple[Tensor, MoEAux | None]:
+    def forward(self, stream: Stream, c: Tensor, return_aux: bool = False) -> tuple[Stream, MoEAux | None]:
         """(B, N, D), (B, D) -> (B, N, D), and the mixture's record where there is one and it is asked for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         options = {"norm": "rmsnorm", "backend": self.backend}
-        y = self.attn(ops.adaln(x, shift_attn, scale_attn, weight=self.norm1.weight, **options))
-        x, h = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp, weight=self.norm2.weight, **options)
+        x, h = stream.modulated(shift_attn, scale_attn, weight=self.norm1.weight, **options)
+        stream = Stream(x, self.attn(h), gate_attn)
+        x, h = stream.modulated(shift_mlp, scale_mlp, weight=self.norm2.weight, **options)
         aux = None
         if not self.use_moe:
             y = self.mlp(h)
@@ -120,7 +121,7 @@ class JiTBlock(nn.Module):
             y, aux = self.mlp(h, residual=h if self.adds_input else None, return_aux=True)
         else:
             y = self.mlp(h, residual=h if self.adds_input else None)
-        return ops.gated_residual(x, y, gate_mlp, backend=self.backend), aux
+        return Stream(x, y, gate_mlp), aux
 
 
 class JiT(DiT):
@@ -162,15 +163,16 @@ class JiT(DiT):
         self._check(x, t, labels)
         label = self.y_embedder(labels)  # (B, D)
         c = self.t_embedder(t) + label
-        x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-        layers = []
+        stream, layers = Stream(self.x_embedder(x) + self.pos_embed), []  # (B, N, D)
         for index, block in enumerate(self.blocks):
             if self.in_context_posemb is not None and index == self.config.context_start:
-                x = torch.cat([label.unsqueeze(1) + self.in_context_posemb, x], dim=1)
-            x, layer_aux = block(x, c, return_aux)
+                context = label.unsqueeze(1) + self.in_context_posemb
+                stream = Stream(torch.cat([context, stream.added(self.config.backend)], dim=1))
+            stream, layer_aux = block(stream, c, return_aux)
             layers.append(layer_aux)
-        x = x[:, self.config.num_context_tokens :]
-        out = unpatchify(self.final_layer(x, c), self.config.patch_size)
+        if self.in_context_posemb is not None:
+            stream = Stream(stream.added(self.config.backend)[:, self.config.num_context_tokens :])
+        out = unpatchify(self.final_layer(stream, c), self.config.patch_size)
         return (out, ModelAux(tuple(layers))) if return_aux else out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -126,6 +127,33 @@ class Mlp(nn.Module):
         return self.fc2(activate(self.fc1(x), self.activation))
 
 
+class Stream(NamedTuple):
+    """The residual stream between blocks, ``x + gate * y``: left to the next norm, which adds in the same pass.
+
+    Attributes:
+        x: (B, N, D).
+        y: (B, N, D), the last branch's output; None where nothing is left to add.
+        gate: (B, D), its gate.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    gate: Tensor | None = None
+
+    def added(self, backend: Backend) -> Tensor:
+        """(B, N, D)."""
+        return self.x if self.y is None else ops.gated_residual(self.x, self.y, self.gate, backend=backend)
+
+    def modulated(
+        self, shift: Tensor, scale: Tensor, *, weight: Tensor | None = None, norm: str = "layernorm", backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        """The stream and its modulated norm (`ops.adaln`), (B, N, D) each."""
+        options = {"weight": weight, "norm": norm, "backend": backend}
+        if self.y is None:
+            return self.x, ops.adaln(self.x, shift, scale, **options)
+        return ops.gated_residual_adaln(self.x, self.y, self.gate, shift, scale, **options)
+
+
 class AdaLNModulation(nn.Sequential):
     """The condition to ``chunks`` vectors per sample. Key: ``1`` (the linear layer), zero at first (adaLN-Zero)."""
 
@@ -156,11 +184,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = AdaLNModulation(hidden_size, 2)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, stream: Stream, c: Tensor) -> Tensor:
         """(B, N, D), (B, D) -> (B, N, patch_size^2 * out_channels)."""
         shift, scale = self.adaLN_modulation(c)
         weight = None if self.norm_final is None else self.norm_final.weight
-        return self.linear(ops.adaln(x, shift, scale, weight=weight, norm=self.norm, backend=self.backend))
+        _, h = stream.modulated(shift, scale, weight=weight, norm=self.norm, backend=self.backend)
+        return self.linear(h)
 
 
 def sincos_table(hidden_size: int, side: int) -> Tensor:

@@ -256,11 +256,12 @@ def test_a_batch_that_does_not_fit_is_skipped_with_the_reason(few, monkeypatch, 
 
 
 def test_blocks_share_their_compilations() -> None:
+    """But the first one, which finds nothing to add to the stream."""
     case = CASES["sampling step", "DiT-L/2"]
     model = case.providers["torch, compiled"].module(COMPILED.resize(case.shape), COMPILED).eval()
     stats = torch._dynamo.utils.counters["stats"]
     stats.clear()
-    for graphs, count in enumerate((2, 4), start=1):
+    for graphs, count in ((2, 2), (4, 4)):
         with torch.no_grad():
             model(torch.randn(count, 1, 8, 8), torch.rand(count), torch.zeros(count, dtype=torch.int64))
         assert stats["unique_graphs"] == graphs and len(model.blocks) == 6

@@ -52,17 +52,30 @@ def test_a_model_on_the_kernels(name, training):
         assert relative_error(ours[key], expected) < 1e-4, key
 
 
-def test_guidance_launches_no_kernel_more(monkeypatch):
-    """A guided step is one call of the model, of twice the batch."""
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """The kernels that are launched, by name."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    launched = []
+    names = []
     run = interpreter.GridExecutor.__call__
 
     def counted(self, *args, **options):
-        launched.append(self.fn.__name__)
+        names.append(self.fn.__name__)
         return run(self, *args, **options)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    return names
+
+
+@pytest.mark.parametrize(("name", "passes"), [("DSMoE-digits", 2 * 2 + 1), ("JiT-digits", 2 * 3 + 3)])
+def test_a_norm_adds_the_branch_before_it(launched, name, passes):
+    """Two norms a block and the last one; JiT adds by itself where class tokens come in and go."""
+    outcome(models_of(name)[0], training=True)
+    assert launched.count("_adaln_fwd_kernel") == launched.count("_adaln_bwd_kernel") == passes
+
+
+def test_guidance_launches_no_kernel_more(launched):
+    """A guided step is one call of the model, of twice the batch."""
     model = models_of("DSMoE-digits")[0].eval()
     shape = model.in_channels, model.input_size, model.input_size
     labels, sample = torch.zeros(4, dtype=torch.int64), RectifiedFlow().sample
