@@ -19,7 +19,7 @@ from benchmarks import timing
 from diffmoe_kernels.modules import Experts
 from models import DiT, JiT
 from models.objectives import TrainingLoss, objective_for
-from models.training.state import average
+from models.training.state import MovingAverage
 
 GUIDANCE = 1.5
 
@@ -59,7 +59,7 @@ class Training:
         """Makes what a run of training has besides the model."""
         trained = [one for one in self.model.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
-        self.average = average(self.model, decay=0.9999)
+        self.average = MovingAverage(self.model, decay=0.9999)
 
     def step_on(self, images: Tensor) -> Callable[[], None]:
         """The step of a batch; it leaves no gradients."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffmoe_kernels.backend import Backend
 from diffmoe_kernels.testing import relative_error
 from models.objectives import Objective, objective_for
-from models.training.state import average
+from models.training.state import MovingAverage
 
 SEEDS = (0, 1, 2)  # of the reference's runs; the backend under test runs the first
 WINDOW = 20  # steps that losses are averaged over
@@ -97,7 +97,7 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = make_model(backend).to(device).train()
-        objective, ema = objective_for(model), average(model, EMA_DECAY)
+        objective, ema = objective_for(model), MovingAverage(model, EMA_DECAY)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.0)
         losses = []

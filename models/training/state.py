@@ -9,14 +9,30 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
-def average(model: nn.Module, decay: float) -> AveragedModel:
-    """A moving average of the model's weights, in evaluation mode, with its buffers as they are now.
+class MovingAverage(AveragedModel):
+    """A moving average of a model's weights, in evaluation mode, with its saved buffers as they are now.
 
     DiffMoE's thresholds are a moving average already, from 0 on: averaged once more they would stay near 0 for
     1 / (1 - decay) steps, and send every token to every expert.
     """
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    return ema.eval().requires_grad_(False)
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.eval().requires_grad_(False)
+        saved = self.module.state_dict()
+        self.buffer_names = [name for name, _ in self.module.named_buffers() if name in saved]
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """The library's sends the GPU the number of updates, for which the host waits, and copies every fixed table."""
+        averaged, current = [*self.module.parameters()], [*model.parameters()]
+        if self.n_averaged == 0:
+            torch._foreach_copy_(averaged, current)
+        else:
+            self.multi_avg_fn(averaged, current, self.n_averaged)
+        for name in self.buffer_names:
+            self.module.get_buffer(name).copy_(model.get_buffer(name))
+        self.n_averaged += 1
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

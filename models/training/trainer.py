@@ -36,7 +36,7 @@ from models.training.lock import run_lock
 from models.training.logs import RunLog, read_metrics, save_loss_curves
 from models.training.outcome import NonFiniteError, StepStats, TrainResult
 from models.training.processes import Processes
-from models.training.state import average, environment, random_state, restore_random_state, seed_process
+from models.training.state import MovingAverage, environment, random_state, restore_random_state, seed_process
 
 CONFIG_FILE = "config.yaml"
 GRID_COLUMNS = 10  # classes shown at most
@@ -82,7 +82,7 @@ class Trainer:
         self.model = trainable_model(config.model, self.model_overrides).to(self.device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         decays = {"ema": config.ema_decay, "ema2": config.ema_decay2}
-        self.averages = {name: average(self.model, decay) for name, decay in decays.items() if decay is not None}
+        self.averages = {name: MovingAverage(self.model, decay) for name, decay in decays.items() if decay is not None}
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             config.learning_rate,

@@ -1,16 +1,20 @@
-"""What happens within a training step: schedules, compiled blocks, clipping."""
+"""What happens within a training step: schedules, compiled blocks, clipping, the moving average."""
 
 import copy
 import pickle
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import create_model
 from models.training.config import TrainConfig
 from models.training.logs import read_metrics
+from models.training.state import MovingAverage
 from models.training.trainer import Trainer
 from tests.models.runs import one_thread, tiny
 
@@ -57,21 +61,48 @@ def test_blocks_are_compiled_one_by_one(tmp_path, monkeypatch):
     assert resumed.fit().step == 3 and len(compiled) == len(trainer.model.blocks)
 
 
+class Calls(TorchDispatchMode):
+    """How often each operator is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(("grad_clip", "passes"), [(None, 0), (0.5, 1), (1e9, 1)])
 def test_gradients_are_multiplied_only_where_they_are_clipped(grad_clip, passes, tmp_path):
     """Of a billion parameters a pass is 8 GB, 2 ms of a step."""
     trainer = Trainer(tiny(tmp_path / "run", grad_clip=grad_clip))
-    batches, count = iter(trainer._batches()), 0
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal count
-            count += function is torch.ops.aten._foreach_mul_.Tensor
-            return function(*args, **(kwargs or {}))
-
-    with Count():
+    batches = iter(trainer._batches())
+    with Calls() as calls:
         stats = trainer.train_step(*next(batches))
-    assert count == passes and stats.grad_norm > 0.5
+    assert calls.count[torch.ops.aten._foreach_mul_.Tensor] == passes and stats.grad_norm > 0.5
+
+
+@pytest.mark.parametrize("name", ["DSMoE-digits", "DiffMoE-digits"])
+def test_a_moving_average_is_the_library_s(name):
+    """Bit for bit; each update is one call for all weights and a copy of each saved buffer, and moves nothing to
+    another device, for which the host would wait."""
+    model = create_model(name, depth=4)
+    ours, library = MovingAverage(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    aten, num_buffers = torch.ops.aten, len(model.state_dict()) - len([*model.parameters()])
+    for update in range(3):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.add_(torch.randn_like(tensor))
+        with Calls() as calls:
+            ours.update_parameters(model)
+        assert calls.count[aten._foreach_lerp_.Scalar] == (update > 0)
+        assert calls.count[aten.copy_.default] == num_buffers >= 2 and not calls.count[aten._to_copy.default]
+        library.update_parameters(model)
+        assert ours.n_averaged == library.n_averaged
+        expected = library.module.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in ours.module.state_dict().items())
+    assert not ours.module.training and not any(one.requires_grad for one in ours.parameters())
 
 
 def test_blocks_are_compiled_once_their_capacity_is_final(tmp_path, monkeypatch):
