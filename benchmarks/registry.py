@@ -119,6 +119,7 @@ class Provider:
         compiled: by torch.compile.
         fullgraph: compiled without graph breaks, or it fails.
         captured: in a CUDA graph; False where it synchronizes with the host, so that none can hold it.
+        in_a_row: not captured, but the host may run ahead of the GPU: timed over a few runs.
         masters: float32 weights, cast inside.
         ceiling: another function of the same cost, which no reference checks.
         needs: why it can't run on that machine, such as a package that is missing, or None.
@@ -130,6 +131,7 @@ class Provider:
     compiled: bool = False
     fullgraph: bool = True
     captured: bool = True
+    in_a_row: bool = False
     masters: bool = False
     ceiling: bool = False
     needs: Callable[[Where], str | None] = lambda where: None

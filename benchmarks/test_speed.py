@@ -38,7 +38,7 @@ def test_speed(benchmark, request, spent, ceilings, case: Case, provider: str) -
         gc.collect()
         torch.cuda.empty_cache()
     steps, measured = measure.prepare(case, how, WHERE)
-    run, words = timing.timed(steps, how.captured, WHERE is GPU)
+    run, words = timing.timed(steps, how.captured, WHERE is GPU, in_a_row=how.in_a_row)
     benchmark.group = f"{case.op} {case.name}, {case.direction}, {facts['device']}"
     benchmark.pedantic(run, rounds=timing.rounds_of(run), warmup_rounds=1)
     timing.keep(benchmark, request.node, facts | measured | {"timing": words})

@@ -2,7 +2,8 @@
 
 On a GPU: a CUDA graph holds a few runs, each on other inputs and after a pass over a buffer that drives them out of the
 L2 cache; a time is what a replay takes, less what the passes take by themselves, over the runs. What no graph can hold,
-since it waits for the host, is timed by CUDA events around one run, its waits included. On a CPU it is wall time.
+since it waits for the host, is timed by CUDA events around one run, its waits included; what users launch themselves,
+by events around a few runs, so that the host is ahead of the GPU where it can be. On a CPU it is wall time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SECONDS = float(os.environ.get("BENCHMARK_SECONDS", 0.2))  # that one case is me
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 REPLAY = 1e-3  # seconds of runs that a graph holds at least, so that the events' own time does not count
 MOST_RUNS = 48  # that a graph holds
+IN_A_ROW, MOST_IN_A_ROW = 0.25, 8  # seconds of runs at least, and runs at most, that follow one another as users' do
 
 # Captures that failed, kept: PyTorch's allocator and random numbers stay as in a capture (pytorch/pytorch#180395), so
 # that nothing more is to be timed in this process.
@@ -56,12 +58,15 @@ def rounds_of(run: Step, seconds: float = SECONDS) -> int:
     return min(max(math.ceil(seconds / max(CLOCK() - before, 1e-9)), FEWEST_ROUNDS), MOST_ROUNDS)
 
 
-def timed(steps: Sequence[Step], captured: bool, on_gpu: bool) -> tuple[Callable[[], None], str]:
+def timed(
+    steps: Sequence[Step], captured: bool, on_gpu: bool, *, in_a_row: bool = False
+) -> tuple[Callable[[], None], str]:
     """The steps, one after another, as a function that adds the time of one to `CLOCK`, and in words what it reads.
 
     Args:
         steps: the same work on inputs of its own each.
         captured: in a CUDA graph.
+        in_a_row: if not, as many runs as last a while, as the host launches them.
     """
     if not on_gpu:
         following = itertools.cycle(steps)
@@ -70,7 +75,17 @@ def timed(steps: Sequence[Step], captured: bool, on_gpu: bool) -> tuple[Callable
         following = itertools.cycle(steps)
         run = _between_events(lambda: next(following)(), before=_clear_cache)
         run()
-        return run, "CUDA events around one run, L2 cache cleared"
+        if not in_a_row:
+            return run, "CUDA events around one run, L2 cache cleared"
+        before = CLOCK()
+        run()
+        runs = min(max(math.ceil(IN_A_ROW / (CLOCK() - before)), 1), MOST_IN_A_ROW)
+
+        def several() -> None:
+            for step in itertools.islice(following, runs):
+                step()
+
+        return _between_events(several, runs=runs), f"CUDA events around {runs} runs in a row"
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,7 +1,8 @@
 """Whole models: a step of training and one of sampling (`benchmarks.steps`) at batch 64, 256, the largest that fits.
 
-Neither is captured in a CUDA graph, since users launch them from Python too: CUDA events stand around one step, its
-launches and checks of labels and times included.
+Neither is captured in a CUDA graph, since users launch them from Python too: CUDA events stand around a few steps in a
+row, their launches and checks of labels and times included. In training no step waits for the GPU, so the host may run
+ahead of it; in sampling each waits for the checks of its labels.
 
 Compiled is block by block: blocks of one kind share a compilation, which takes seconds; that of a whole model takes
 minutes. "one graph" is the dense model compiled as a whole.
@@ -154,7 +155,8 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 def providers(model: str, direction: str, where: Where, repeated: bool) -> dict[str, Provider]:
     """Of one model; ``repeated`` where on this machine another case does the same."""
     reason = "small, it is the same as another batch or model of its family" if repeated else None
-    common = {"masters": where.dtype != torch.float32, "captured": False, "needs": lambda where: reason}
+    how_timed = {"captured": False, "in_a_row": True, "needs": lambda where: reason}
+    common = {"masters": where.dtype != torch.float32, **how_timed}
     found = {}
     for backend in ("triton", "torch"):
         eager = Provider(build(backend, direction), backend, **common)

@@ -112,6 +112,18 @@ def test_what_waits_for_the_host_is_timed_run_by_run(gpu) -> None:
     assert gpu.graphs == 0 and "around one run" in words
 
 
+@pytest.mark.parametrize(("seconds", "runs"), [(0.3, 1), (0.09, 3), (1e-3, 8)])
+def test_what_the_host_launches_is_timed_over_a_few_runs(gpu, seconds, runs) -> None:
+    """As in training, where the GPU is at work on a step when the next is launched."""
+    turns = []
+    steps = [lambda one=one: (turns.append(one), gpu.spend(seconds)) for one in range(3)]
+    run, words = timing.timed(steps, captured=False, on_gpu=True, in_a_row=True)
+    turns.clear()
+    assert seconds_of(run) == pytest.approx(seconds) and len(turns) == runs
+    assert turns == [(turns[0] + place) % 3 for place in range(runs)], "each input in its turn"
+    assert gpu.graphs == 0 and f"around {runs} runs in a row" in words
+
+
 def test_a_step_that_no_graph_can_hold_is_named_and_ends_the_process_s_times(gpu, monkeypatch) -> None:
     """PyTorch's own error at the end of a capture says nothing of what broke it."""
     monkeypatch.setattr(timing, "BROKEN", [])
