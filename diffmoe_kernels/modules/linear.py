@@ -1,4 +1,4 @@
-"""A linear layer whose weights may be float32 masters."""
+"""Linear layers: one whose weights may be float32 masters, and the routers', whose product is float32."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe_kernels.checks import autocast_is_on, autocast_off
+from diffmoe_kernels.checks import at_least_float32, autocast_is_on, autocast_off
 
 
 class Linear(nn.Linear):
@@ -28,6 +28,43 @@ def side_by_side(x: Tensor, *layers: nn.Module) -> Tensor:
     with autocast_off(x):  # which would have the other 16-bit type stop here
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None
     return _linear(x, weight, bias)
+
+
+def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """(..., in_features), (out_features, in_features) -> (..., out_features), in float32, under autocast too; float64
+    stays."""
+    if autocast_is_on(x):
+        return _Float32Linear.apply(x, weight)
+    x = at_least_float32(x)
+    return F.linear(x, weight.to(x.dtype))
+
+
+class _Float32Linear(torch.autograd.Function):
+    """Under autocast. torch.compile takes the backward of a region without autocast for one under it, and rounds that
+    to 16 bits (pytorch/pytorch#179804); this one's backward says itself that there is none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        with autocast_off(x):
+            x = at_least_float32(x)
+            return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        by_x = by_weight = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                by_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                by_weight = (grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+        return by_x, by_weight
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.checks import at_least_float32, autocast_off
 from diffmoe_kernels.modules.buffers import Float32Buffers
+from diffmoe_kernels.modules.linear import float32_linear
 from diffmoe_kernels.ops.router_topk import check_router
 
 
@@ -60,11 +59,8 @@ class TopKRouter(Float32Buffers):
 
     def forward(self, x: Tensor) -> ops.RouterTopK:
         """(T, D) -> `RouterTopK`, in float32 under autocast too."""
-        with autocast_off(x):
-            x = at_least_float32(x)
-            logits = F.linear(x, self.weight.to(x.dtype))  # (T, E)
         return ops.router_topk(
-            logits,
+            float32_linear(x, self.weight),  # (T, E)
             self.top_k,
             expert_bias=self.expert_bias,
             score_function=self.score_function,
@@ -103,6 +99,4 @@ class ExpertChoiceRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, E) scores, in float32 under autocast too."""
-        x = at_least_float32(x)
-        with autocast_off(x):
-            return F.linear(x, self.weight.to(x.dtype)).softmax(-1)
+        return float32_linear(x, self.weight).softmax(-1)  # autocast leaves float32's softmax alone

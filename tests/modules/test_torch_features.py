@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffmoe_kernels import ExpertChoiceMoE, MoE, RoPEAttention
+from diffmoe_kernels.modules.linear import float32_linear
 from diffmoe_kernels.testing import assert_close
 
 LAYERS = {
@@ -45,6 +47,41 @@ def test_a_record_may_be_exported_and_saved(layer, tmp_path):
     assert type(aux) is type(expected_aux)
     assert_close(y, expected)
     assert_close(aux.expert_load, expected_aux.expert_load)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_compiled_router_has_float32_gradients_under_autocast(layer):
+    """torch.compile by itself would multiply them in bfloat16: pytorch/pytorch#179804."""
+    layer, x = LAYERS[layer](backend="reference"), torch.randn(64, 16, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    found = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call(leaf)
+        y.square().sum().backward()
+        found.append((layer.router.weight.grad.clone(), leaf.grad))
+    for compiled, eager in zip(*reversed(found), strict=True):
+        assert_close(compiled, eager, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_float32_product_under_autocast(dtype):
+    """The same bits as without it, with gradients in their tensors' dtypes, and gradients of gradients."""
+    x, weight = torch.randn(3, 5, 16, dtype=dtype), torch.randn(8, 16)
+    results = []
+    for enabled in (True, False):
+        leaves = [one.clone().requires_grad_() for one in (x, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = float32_linear(*leaves)
+        grads = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+        results.append([y, *grads, *torch.autograd.grad(sum(one.square().sum() for one in grads), leaves)])
+    exact = torch.promote_types(dtype, torch.float32)
+    plain = F.linear(x.to(exact), weight.to(exact))
+    assert torch.equal(results[0][0], plain) and [one.dtype for one in results[0]] == [one.dtype for one in results[1]]
+    for under_autocast, without in zip(*results, strict=True):
+        assert_close(under_autocast, without, tolerance=1e-6 if dtype != torch.bfloat16 else 1e-2)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
