@@ -166,7 +166,7 @@ class DiTBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         x, h = stream.modulated(shift_attn, scale_attn, backend=self.backend)
         stream = Stream(x, self.attn(h), gate_attn)
-        x, h = stream.modulated(shift_mlp, scale_mlp, backend=self.backend)
+        x, h = stream.modulated(shift_mlp, scale_mlp, exact=self.use_moe, backend=self.backend)
         y, aux = self.mlp(h, return_aux=True) if return_aux and self.use_moe else (self.mlp(h), None)
         return Stream(x, y, gate_mlp), aux
 

@@ -105,7 +105,7 @@ class DSMoEBlock(nn.Module):
         options = {"norm": self.norm, "backend": self.backend}
         x, h = stream.modulated(shift_attn, scale_attn, weight=self.norm1.weight, **options)
         stream = Stream(x, self.attn(h), gate_attn)
-        x, h = stream.modulated(shift_mlp, scale_mlp, weight=self.norm2.weight, **options)
+        x, h = stream.modulated(shift_mlp, scale_mlp, weight=self.norm2.weight, exact=self.use_moe, **options)
         y, aux = self._mlp(h, return_aux)
         return Stream(x, y, gate_mlp), aux
 

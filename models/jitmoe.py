@@ -113,7 +113,7 @@ class JiTBlock(nn.Module):
         options = {"norm": "rmsnorm", "backend": self.backend}
         x, h = stream.modulated(shift_attn, scale_attn, weight=self.norm1.weight, **options)
         stream = Stream(x, self.attn(h), gate_attn)
-        x, h = stream.modulated(shift_mlp, scale_mlp, weight=self.norm2.weight, **options)
+        x, h = stream.modulated(shift_mlp, scale_mlp, weight=self.norm2.weight, exact=self.use_moe, **options)
         aux = None
         if not self.use_moe:
             y = self.mlp(h)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend
+from diffmoe_kernels.checks import compute_dtype
 from diffmoe_kernels.modules.buffers import reset_tables_after_load
 from diffmoe_kernels.ops.experts.reference import activate
 
@@ -145,10 +146,22 @@ class Stream(NamedTuple):
         return self.x if self.y is None else ops.gated_residual(self.x, self.y, self.gate, backend=backend)
 
     def modulated(
-        self, shift: Tensor, scale: Tensor, *, weight: Tensor | None = None, norm: str = "layernorm", backend: Backend
+        self,
+        shift: Tensor,
+        scale: Tensor,
+        *,
+        weight: Tensor | None = None,
+        norm: str = "layernorm",
+        exact: bool = False,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor]:
-        """The stream and its modulated norm (`ops.adaln`), (B, N, D) each."""
-        options = {"weight": weight, "norm": norm, "backend": backend}
+        """The stream and its modulated norm (`ops.adaln`), (B, N, D) each.
+
+        The norm is in the dtype that autocast would have a linear layer round it to; ``exact``: in the stream's, for
+        a router.
+        """
+        dtype = self.x.dtype if exact else compute_dtype(self.x)
+        options = {"weight": weight, "norm": norm, "dtype": dtype, "backend": backend}
         if self.y is None:
             return self.x, ops.adaln(self.x, shift, scale, **options)
         return ops.gated_residual_adaln(self.x, self.y, self.gate, shift, scale, **options)

@@ -188,18 +188,22 @@ ADALN = {
 }
 
 
-def launch_adaln(sizes: tuple, dtype: torch.dtype) -> None:
-    """The three ops, forward and backward; the norm of one with a weight has one in each."""
+def launch_adaln(sizes: tuple, dtype: torch.dtype, branch: torch.dtype | None = None) -> None:
+    """The three ops, forward and backward; the norm of one with a weight has one in each.
+
+    branch: of what linear layers give and take, where autocast has that differ from the stream.
+    """
     batch, num_tokens, hidden, norm, kind = sizes
     x = meta(batch, num_tokens, hidden, dtype=dtype)
+    y = meta(batch, num_tokens, hidden, dtype=branch or dtype)
     gate, shift, scale = meta(batch, 6 * hidden, dtype=kind).chunk(6, dim=1)[:3]
     weight = meta(hidden, dtype=FLOAT32) if norm == "rmsnorm" else None
-    for residual in (None, (x, gate)):
-        adaln_fwd(x, residual, (shift, scale), weight, norm, 1e-6)
+    for residual in (None, (y, gate)):
+        adaln_fwd(x, residual, (shift, scale), weight, norm, 1e-6, y.dtype)
         grad_stream = None if residual is None else x
-        adaln_bwd(grad_stream, x, x, residual, scale, weight, norm, 1e-6, kind)
-    adaln_fwd(x, (x, gate), None, None, "none", 0.0)
-    adaln_bwd(x, None, x, (x, gate), None, None, "none", 0.0)
+        adaln_bwd(grad_stream, y, x, residual, scale, weight, norm, 1e-6, kind)
+    adaln_fwd(x, (y, gate), None, None, "none", 0.0)
+    adaln_bwd(x, None, x, (y, gate), None, None, "none", 0.0)
 
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -236,3 +240,4 @@ for name in ("DSMoE-L", "JiT-L", "wide"):
 for name in ADALN:
     CASES[f"adaln {name}"] = partial(launch_adaln, ADALN[name], BFLOAT16), BFLOAT16
 CASES["adaln DSMoE-L float32"] = partial(launch_adaln, ADALN["DSMoE-L"], FLOAT32), FLOAT32
+CASES["adaln DiffMoE-L"] = partial(launch_adaln, ADALN["DSMoE-L"], FLOAT32, BFLOAT16), FLOAT32

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmoe_kernels.testing import relative_error
 from diffmoe_kernels.triton_support import HAS_TRITON
@@ -50,6 +53,33 @@ def test_a_model_on_the_kernels(name, training):
     assert ours.keys() == right.keys() and right["y"].abs().max() > 0.01
     for key, expected in right.items():
         assert relative_error(ours[key], expected) < 1e-4, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_norms_are_rounded_as_autocast_rounds_them(name, monkeypatch):
+    """In the norm's own pass, to the same bits as in a cast before each linear layer, forward and backward."""
+    model, results, layers = models_of(name)[0], [], importlib.import_module("models.layers")
+    for dtype_of in (layers.compute_dtype, lambda x: x.dtype):
+        monkeypatch.setattr(layers, "compute_dtype", dtype_of)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+            found = outcome(model, training=True)
+        results.append((found, casts.count))
+    (ours, fewer), (right, more) = results
+    assert all(torch.equal(ours[key], value) for key, value in right.items())
+    assert more - fewer >= 2 * len(model.blocks) if name != "DSMoE-digits" else more == fewer, "its stream is bfloat16"
+
+
+class Casts(TorchDispatchMode):
+    """How many tensors of tokens are cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and args[0].dim() == 3
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -124,6 +124,27 @@ def test_modulation_may_be_wider_than_x():
         assert torch.equal(ops.adaln(**inputs), ops.adaln(**{n: t.clone() for n, t in inputs.items()}))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_norm_in_another_dtype(backend, kind, dtype):
+    """It is rounded once, at the end, and its gradient is read as it comes: the same bits as of a cast that follows."""
+    inputs = make(2, 5, 24, "x", "y", "gate", "shift", "scale", "weight")
+    x, y, gate, shift, scale, weight = leaves = [one.to(kind).requires_grad_() for one in inputs.values()]
+    for op, arguments in ((ops.adaln, (x, shift, scale)), (ops.gated_residual_adaln, (x, y, gate, shift, scale))):
+        found = []
+        for of_result in (dtype, torch.float32):
+            result = op(*arguments, weight=weight, dtype=of_result, backend=backend)
+            *stream, out = result if isinstance(result, tuple) else (result,)
+            assert out.dtype == of_result and all(one.dtype == kind for one in stream)
+            weighting = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(dtype)
+            grads = torch.autograd.grad(out, leaves, weighting.to(of_result), materialize_grads=True, allow_unused=True)
+            found.append([out.to(dtype), *grads])
+        assert all(torch.equal(one, cast) for one, cast in zip(*found, strict=True))
+    exact = adaln_loop(*(one.double() for one in (x, shift, scale, weight)))
+    out = ops.adaln(x, shift, scale, weight=weight, dtype=dtype, backend=backend)
+    assert_close(out, exact, dtype=dtype, tolerance=1e-5 if dtype == torch.float32 else 4e-3)
+
+
 def test_any_strides_and_no_samples():
     inputs = make(3, 5, 6, "x", "shift", "scale")
     expected = value_and_grads(ops.adaln, **inputs)
@@ -162,6 +183,7 @@ X, V = torch.zeros(2, 5, 4), torch.zeros(2, 4)
         ),
         (ValueError, "different devices: x on cpu, shift on meta", lambda: ops.adaln(X, V.to("meta"), V)),
         (ValueError, "different devices: x on cpu, weight on meta", lambda: ops.adaln(X, V, V, weight=V[0].to("meta"))),
+        (TypeError, "dtype: expected a floating dtype, got torch.int8", lambda: ops.adaln(X, V, V, dtype=torch.int8)),
         (NotImplementedError, "adaln: there is no 'cuda' backend", lambda: ops.adaln(X, V, V, backend="cuda")),
         (
             ValueError,

@@ -203,7 +203,7 @@ def test_operators_keep_their_schemas():
     _library = pytest.importorskip("diffmoe_kernels.ops.adaln._library")
     x, y, gate, shift, scale, weight = (one.requires_grad_() for one in make(2, 5, 12).values())
     for with_weight in (weight, None):
-        options = with_weight, "layernorm", 1e-6
+        options = with_weight, "layernorm", 1e-6, torch.bfloat16
         torch.library.opcheck(_library._adaln.overload, (x, shift, scale, *options))
         torch.library.opcheck(_library._gated_residual_adaln.overload, (x, y, gate, shift.bfloat16(), scale, *options))
         saved = [None if one is None else one.detach() for one in (x, x, y, gate, scale)]
@@ -247,6 +247,8 @@ def test_what_the_kernels_refuse():
     x, vector = torch.randn(1, 2, 4100), torch.randn(1, 4100)
     with pytest.raises(NotImplementedError, match="up to 4096 channels, not 4100"):
         ops.adaln(x, vector, vector, backend="triton")
+    with pytest.raises(NotImplementedError, match="the kernels give .* not torch.float64"):
+        ops.adaln(x[..., :4], vector[:, :4], vector[:, :4], dtype=torch.float64, backend="triton")
     with pytest.raises(NotImplementedError, match="not torch.float64"):
         ops.gated_residual(x[..., :4].double(), x[..., :4], vector[:, :4], backend="triton")
 

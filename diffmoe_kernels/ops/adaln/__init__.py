@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffmoe_kernels.backend import Backend, Implementation, pytorch_only, run
@@ -28,6 +29,7 @@ def adaln(
     weight: Tensor | None = None,
     norm: str = "layernorm",
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """``norm(x) * weight * (1 + scale) + shift``, the norm over the last dimension.
@@ -38,18 +40,19 @@ def adaln(
         weight: (D,) floating, learnable scale of the norm.
         norm: "layernorm" or "rmsnorm".
         eps: added to the mean square.
+        dtype: of the result, floating, such as that of the product that reads it; x's where None.
         backend: see `diffmoe_kernels.backend`.
 
     Returns:
-        (B, N, D) in x's dtype; arithmetic is float32 (float64 for float64).
+        (B, N, D) in ``dtype``; arithmetic is float32 (float64 for float64).
 
     Raises:
-        TypeError: tensors that are not floating.
+        TypeError: tensors or a dtype that are not floating.
         ValueError: shapes, devices or a norm that do not fit.
     """
     check_choice("norm", norm, NORMS)
     _check(x, weight=weight, shift=shift, scale=scale)
-    return run("adaln", backend, _ADALN, x, shift, scale, weight, norm, eps)
+    return run("adaln", backend, _ADALN, x, shift, scale, weight, norm, eps, _floating(dtype or x.dtype))
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -82,25 +85,28 @@ def gated_residual_adaln(
     weight: Tensor | None = None,
     norm: str = "layernorm",
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`gated_residual`, then `adaln` of its result, in one pass.
 
     Args:
         x, y, gate: see `gated_residual`.
-        shift, scale, weight, norm, eps: see `adaln`.
+        shift, scale, weight, norm, eps, dtype: see `adaln`; dtype is of the second result.
         backend: see `diffmoe_kernels.backend`.
 
     Returns:
-        (x + gate * y, its modulated norm), each (B, N, D) in x's dtype; the norm is of the first as it is rounded.
+        (x + gate * y, its modulated norm), each (B, N, D), the first in x's dtype, the second in ``dtype``; the norm is
+        of the first as it is rounded.
 
     Raises:
-        TypeError: tensors that are not floating.
+        TypeError: tensors or a dtype that are not floating.
         ValueError: shapes, devices or a norm that do not fit.
     """
     check_choice("norm", norm, NORMS)
     _check(x, y=y, weight=weight, gate=gate, shift=shift, scale=scale)
-    return run("gated_residual_adaln", backend, _BOTH, x, y, gate, shift, scale, weight, norm, eps)
+    kind = _floating(dtype or x.dtype)
+    return run("gated_residual_adaln", backend, _BOTH, x, y, gate, shift, scale, weight, norm, eps, kind)
 
 
 def _check(x: Tensor, *, weight: Tensor | None = None, **tensors: Tensor) -> None:
@@ -113,6 +119,12 @@ def _check(x: Tensor, *, weight: Tensor | None = None, **tensors: Tensor) -> Non
     check_floating("weight", weight, optional=True)
     check_shape("weight", weight, x.shape[2])
     check_same_device(x=x, weight=weight, **tensors)
+
+
+def _floating(dtype: torch.dtype) -> torch.dtype:
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+    return dtype
 
 
 def _shape_class(x: Tensor, *_: object) -> str:

@@ -7,19 +7,21 @@ from torch import Tensor
 
 from diffmoe_kernels.operator import empty_for_none, operator
 from diffmoe_kernels.ops.adaln._triton import adaln_bwd, adaln_fwd
-from diffmoe_kernels.triton_support import why_not_triton
+from diffmoe_kernels.triton_support import DTYPES, why_not_triton
 
 MAX_WIDTH = 4096  # of a row, which a program holds whole
 
 
 @operator("adaln")
-def _adaln(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float) -> Tensor:
-    return adaln_fwd(x, None, (shift, scale), weight, norm, eps)[1]
+def _adaln(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
+) -> Tensor:
+    return adaln_fwd(x, None, (shift, scale), weight, norm, eps, dtype)[1]
 
 
 @_adaln.register_fake
-def _(x, shift, scale, weight, norm, eps):
-    return torch.empty_like(x)
+def _(x, shift, scale, weight, norm, eps, dtype):
+    return torch.empty_like(x, dtype=dtype)
 
 
 @operator("adaln_backward")
@@ -39,9 +41,9 @@ def _(grad, x, scale, weight, norm, eps, shift_dtype):
 
 
 def _save_for_adaln(ctx, inputs, output):
-    x, shift, scale, weight, *options = inputs
+    x, shift, scale, weight, norm, eps, _ = inputs
     ctx.save_for_backward(x, scale, weight)
-    ctx.options = *options, shift.dtype
+    ctx.options = norm, eps, shift.dtype
 
 
 def _backward_of_adaln(ctx, grad):
@@ -93,13 +95,14 @@ def _gated_residual_adaln(
     weight: Tensor | None,
     norm: str,
     eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return adaln_fwd(x, (y, gate), (shift, scale), weight, norm, eps)
+    return adaln_fwd(x, (y, gate), (shift, scale), weight, norm, eps, dtype)
 
 
 @_gated_residual_adaln.register_fake
-def _(x, y, gate, shift, scale, weight, norm, eps):
-    return torch.empty_like(x), torch.empty_like(x)
+def _(x, y, gate, shift, scale, weight, norm, eps, dtype):
+    return torch.empty_like(x), torch.empty_like(x, dtype=dtype)
 
 
 @operator("gated_residual_adaln_backward")
@@ -128,9 +131,9 @@ def _(grad, grad_stream, stream, y, gate, scale, weight, norm, eps, shift_dtype)
 
 
 def _save_for_both(ctx, inputs, output):
-    _, y, gate, shift, scale, weight, *options = inputs
+    _, y, gate, shift, scale, weight, norm, eps, _ = inputs
     ctx.save_for_backward(output[0], y, gate, scale, weight)
-    ctx.options = *options, shift.dtype
+    ctx.options = norm, eps, shift.dtype
 
 
 def _backward_of_both(ctx, grad_stream, grad):
@@ -147,8 +150,10 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None else tensor.contiguous()
 
 
-def adaln_triton(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float) -> Tensor:
-    return _adaln(x.contiguous(), shift, scale, _contiguous(weight), norm, eps)
+def adaln_triton(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
+) -> Tensor:
+    return _adaln(x.contiguous(), shift, scale, _contiguous(weight), norm, eps, dtype)
 
 
 def gated_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -164,12 +169,16 @@ def gated_residual_adaln_triton(
     weight: Tensor | None,
     norm: str,
     eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     tokens = x.contiguous(), y.contiguous()
-    return _gated_residual_adaln(*tokens, gate, shift, scale, _contiguous(weight), norm, eps)
+    return _gated_residual_adaln(*tokens, gate, shift, scale, _contiguous(weight), norm, eps, dtype)
 
 
-def why_not(x: Tensor, *_: object) -> str | None:
+def why_not(x: Tensor, *others: object) -> str | None:
     if x.shape[2] > MAX_WIDTH:
         return f"the kernels take up to {MAX_WIDTH} channels, not {x.shape[2]}"
+    dtype = others[-1]
+    if isinstance(dtype, torch.dtype) and dtype not in DTYPES:
+        return f"the kernels give {', '.join(map(str, DTYPES))}, not {dtype}"
     return why_not_triton(x)

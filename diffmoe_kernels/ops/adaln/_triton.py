@@ -232,22 +232,23 @@ def adaln_fwd(
     weight: Tensor | None,
     norm: str,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The stream and its modulated norm, (B, N, D), in x's dtype.
+    """The stream in x's dtype and its modulated norm, (B, N, D).
 
     Args:
         x: (B, N, D) contiguous.
         residual: y (B, N, D) contiguous and gate (B, D); without, the stream is x.
         modulation: shift and scale (B, D); without, there is no norm and the second result is the stream.
         weight: (D,) contiguous, of the norm.
-        norm, eps: see `adaln`.
+        norm, eps, dtype: see `adaln`.
     """
     batch, num_tokens, width = x.shape
     y, gate = (None, None) if residual is None else residual
     shift, scale = (None, None) if modulation is None else modulation
     gate, shift, scale = _rows(gate), _rows(shift), _rows(scale)
     stream = x if residual is None else torch.empty_like(x)
-    out = stream if modulation is None else torch.empty_like(x)
+    out = stream if modulation is None else torch.empty_like(x, dtype=dtype)
     if x.numel() == 0:
         return stream, out
     tiles = _tiles(*x.shape, FORWARD_ELEMENTS)

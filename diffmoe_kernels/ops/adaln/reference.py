@@ -9,11 +9,13 @@ from torch import Tensor
 from diffmoe_kernels.checks import at_least_float32
 
 
-def adaln_reference(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float) -> Tensor:
+def adaln_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
+) -> Tensor:
     """(B, N, D), (B, D), (B, D) -> norm(x) * (1 + scale) + shift, in float32 until the end."""
     normed = normalize(at_least_float32(x), norm, weight, None, eps)
     shift, scale = (vector.to(normed.dtype).unsqueeze(1) for vector in (shift, scale))
-    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+    return torch.addcmul(shift, normed, 1 + scale).to(dtype)
 
 
 def gated_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -23,11 +25,19 @@ def gated_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def gated_residual_adaln_reference(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Both, the norm that of the rounded sum."""
     stream = gated_residual_reference(x, y, gate)
-    return stream, adaln_reference(stream, shift, scale, weight, norm, eps)
+    return stream, adaln_reference(stream, shift, scale, weight, norm, eps, dtype)
 
 
 def normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
