@@ -63,7 +63,9 @@ class _Float32Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 by_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
             if ctx.needs_input_grad[1]:
-                by_weight = (grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+                # Cast as a transposed one: another value to torch.compile than the forward's, which it would keep.
+                rows = x.flatten(0, -2).mT.to(grad.dtype).mT
+                by_weight = (grad.flatten(0, -2).mT @ rows).to(weight.dtype)
         return by_x, by_weight
 
 
