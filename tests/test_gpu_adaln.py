@@ -36,10 +36,13 @@ def inputs_of(sizes: tuple) -> dict[str, Tensor]:
     return inputs | ({"weight": randn(hidden)} if norm == "rmsnorm" else {})
 
 
-def run(inputs: dict[str, Tensor], norm: str, backend: str, weightings: list[Tensor]) -> dict[str, Tensor]:
+def run(
+    inputs: dict[str, Tensor], norm: str, backend: str, weightings: list[Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     leaves = {name: one.detach().requires_grad_() for name, one in inputs.items()}
-    results = ops.gated_residual_adaln(**leaves, norm=norm, backend=backend)
-    grads = torch.autograd.grad(results, list(leaves.values()), [one.to(inputs["x"]) for one in weightings])
+    results = ops.gated_residual_adaln(**leaves, norm=norm, dtype=dtype, backend=backend)
+    weightings = [one.to(result) for one, result in zip(weightings, results, strict=True)]
+    grads = torch.autograd.grad(results, list(leaves.values()), weightings)
     return {"stream": results[0].detach(), "out": results[1].detach(), **dict(zip(leaves, grads, strict=True))}
 
 
@@ -53,6 +56,19 @@ def test_as_accurate_as_pytorch(name, dtype) -> None:
     plain, ours = (run(inputs, norm, backend, weightings) for backend in ("torch", "triton"))
     for key, expected in exact.items():
         assert_error_within(ours[key], plain[key], expected, name=f"{name}, {key}, {dtype}")
+
+
+@pytest.mark.parametrize("name", ["DSMoE-L", "JiT-L", "odd"])
+def test_a_float32_stream_under_autocast(name) -> None:
+    """Branch, vectors and the norm in bfloat16."""
+    norm = SHAPES[name][-1]
+    inputs = {key: one if key in ("x", "weight") else one.bfloat16() for key, one in inputs_of(SHAPES[name]).items()}
+    weightings = [torch.randn_like(inputs["y"]) for _ in range(2)]
+    exact = run({key: one.double() for key, one in inputs.items()}, norm, "reference", weightings)
+    plain, ours = (run(inputs, norm, backend, weightings, torch.bfloat16) for backend in ("torch", "triton"))
+    for key, expected in exact.items():
+        assert ours[key].dtype == plain[key].dtype
+        assert_error_within(ours[key], plain[key], expected, name=f"{name}, {key}")
 
 
 def test_two_runs_have_the_same_bits() -> None:
