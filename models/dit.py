@@ -160,15 +160,16 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = AdaLNModulation(config.hidden_size, 6)
 
     def forward(
-        self, stream: Stream, c: Tensor, return_aux: bool = False
-    ) -> tuple[Stream, MoEAux | ExpertChoiceAux | None]:
-        """(B, N, D), (B, D) -> (B, N, D), and the mixture's record where there is one and it is asked for."""
+        self, x: Tensor, y: Tensor | None, gate: Tensor | None, c: Tensor, return_aux: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, MoEAux | ExpertChoiceAux | None]:
+        """A `Stream`'s three, (B, D) -> those of the next, and the mixture's record where there is one and it is asked
+        for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
-        x, h = stream.modulated(shift_attn, scale_attn, backend=self.backend)
+        x, h = Stream(x, y, gate).modulated(shift_attn, scale_attn, backend=self.backend)
         stream = Stream(x, self.attn(h), gate_attn)
         x, h = stream.modulated(shift_mlp, scale_mlp, exact=self.use_moe, backend=self.backend)
         y, aux = self.mlp(h, return_aux=True) if return_aux and self.use_moe else (self.mlp(h), None)
-        return Stream(x, y, gate_mlp), aux
+        return x, y, gate_mlp, aux
 
 
 def dense_mlp(config: DiTConfig) -> nn.Module:
@@ -284,7 +285,8 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
         stream, layers = Stream(x), []
         for block in self.blocks:
-            stream, layer_aux = block(stream, c, return_aux)
+            *stream, layer_aux = block(*stream, c, return_aux)
+            stream = Stream(*stream)
             layers.append(layer_aux)
         out = unpatchify(self.final_layer(stream, c), self.config.patch_size)
         return (out, ModelAux(tuple(layers), self.aux_loss_weight)) if return_aux else out

@@ -99,15 +99,17 @@ class DSMoEBlock(nn.Module):
             self.mlp = Mlp(hidden_size, int(hidden_size * config.mlp_ratio), "silu")
         self.adaLN_modulation = AdaLNModulation(hidden_size, 6)
 
-    def forward(self, stream: Stream, c: Tensor, return_aux: bool = False) -> tuple[Stream, MoEAux | None]:
-        """(B, N, D), (B, D) -> (B, N, D), and the MoE layer's record where asked for."""
+    def forward(
+        self, x: Tensor, y: Tensor | None, gate: Tensor | None, c: Tensor, return_aux: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, MoEAux | None]:
+        """A `Stream`'s three, (B, D) -> those of the next, and the MoE layer's record where asked for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         options = {"norm": self.norm, "backend": self.backend}
-        x, h = stream.modulated(shift_attn, scale_attn, weight=self.norm1.weight, **options)
+        x, h = Stream(x, y, gate).modulated(shift_attn, scale_attn, weight=self.norm1.weight, **options)
         stream = Stream(x, self.attn(h), gate_attn)
         x, h = stream.modulated(shift_mlp, scale_mlp, weight=self.norm2.weight, exact=self.use_moe, **options)
         y, aux = self._mlp(h, return_aux)
-        return Stream(x, y, gate_mlp), aux
+        return x, y, gate_mlp, aux
 
     def _mlp(self, h: Tensor, return_aux: bool) -> tuple[Tensor, MoEAux | None]:
         if not self.use_moe:

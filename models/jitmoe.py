@@ -107,11 +107,14 @@ class JiTBlock(nn.Module):
             self.mlp = FeedForward(hidden_size, width, bias=True)
         self.adaLN_modulation = AdaLNModulation(hidden_size, 6)
 
-    def forward(self, stream: Stream, c: Tensor, return_aux: bool = False) -> tuple[Stream, MoEAux | None]:
-        """(B, N, D), (B, D) -> (B, N, D), and the mixture's record where there is one and it is asked for."""
+    def forward(
+        self, x: Tensor, y: Tensor | None, gate: Tensor | None, c: Tensor, return_aux: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, MoEAux | None]:
+        """A `Stream`'s three, (B, D) -> those of the next, and the mixture's record where there is one and it is asked
+        for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         options = {"norm": "rmsnorm", "backend": self.backend}
-        x, h = stream.modulated(shift_attn, scale_attn, weight=self.norm1.weight, **options)
+        x, h = Stream(x, y, gate).modulated(shift_attn, scale_attn, weight=self.norm1.weight, **options)
         stream = Stream(x, self.attn(h), gate_attn)
         x, h = stream.modulated(shift_mlp, scale_mlp, weight=self.norm2.weight, exact=self.use_moe, **options)
         aux = None
@@ -121,7 +124,7 @@ class JiTBlock(nn.Module):
             y, aux = self.mlp(h, residual=h if self.adds_input else None, return_aux=True)
         else:
             y = self.mlp(h, residual=h if self.adds_input else None)
-        return Stream(x, y, gate_mlp), aux
+        return x, y, gate_mlp, aux
 
 
 class JiT(DiT):
@@ -168,7 +171,8 @@ class JiT(DiT):
             if self.in_context_posemb is not None and index == self.config.context_start:
                 context = label.unsqueeze(1) + self.in_context_posemb
                 stream = Stream(torch.cat([context, stream.added(self.config.backend)], dim=1))
-            stream, layer_aux = block(stream, c, return_aux)
+            *stream, layer_aux = block(*stream, c, return_aux)
+            stream = Stream(*stream)
             layers.append(layer_aux)
         if self.in_context_posemb is not None:
             stream = Stream(stream.added(self.config.backend)[:, self.config.num_context_tokens :])

@@ -131,6 +131,8 @@ class Mlp(nn.Module):
 class Stream(NamedTuple):
     """The residual stream between blocks, ``x + gate * y``: left to the next norm, which adds in the same pass.
 
+    Blocks take and return the three by themselves: reentrant activation checkpointing knows no tensors within others.
+
     Attributes:
         x: (B, N, D).
         y: (B, N, D), the last branch's output; None where nothing is left to add.

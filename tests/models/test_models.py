@@ -332,25 +332,6 @@ def test_narrow_labels_may_be_dropped() -> None:
     assert model(x, t, labels.to(torch.uint8)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["DiffMoE-digits", "TC-DiT-digits", "EC-DiT-digits", "DSMoE-digits", "JiTMoE-digits"])
-def test_a_wrapped_mixture_keeps_its_record(name) -> None:
-    """What torch.compile or activation checkpointing puts around it is another class."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    options = {"depth": 4, **({"capacity_schedule": (1, 4)} if name == "DiffMoE-digits" else {})}
-    model = create_model(name, **options)
-    mixture = model.blocks[1].mlp
-    model.blocks[1].mlp = checkpoint_wrapper(mixture)
-    _, aux = model(*random_inputs(model), return_aux=True)
-    assert [layer is not None for layer in aux.layers] == [False, True, False, True]
-    model.update_routing_state(aux)
-    if name == "DiffMoE-digits":
-        assert mixture.expert_threshold.any()
-        before = mixture.capacity_factor
-        model.set_training_step(0)
-        assert mixture.capacity_factor == model.blocks[3].mlp.capacity_factor > before
-
-
 @pytest.mark.parametrize("name", ["DiffMoE-digits", "TC-DiT-digits", "EC-DiT-digits", "JiT-digits", "JiTMoE-digits"])
 def test_the_other_families_train(name) -> None:
     torch.manual_seed(0)
