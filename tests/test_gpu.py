@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from diffmoe_kernels.triton_support import HAS_TRITON
 from models import create_model
 from models.data import check_labels
 from models.objectives import RectifiedFlow
+from models.training.config import TrainConfig
+from models.training.gradients import Captured
+from models.training.logs import read_metrics
+from models.training.trainer import Trainer
 from tests.models.helpers import random_inputs, randomize
 
 pytestmark = pytest.mark.gpu
@@ -116,6 +121,27 @@ def test_a_training_step_waits_for_nothing(name) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["DiT-digits", *MIXTURES])
+def test_a_captured_run_has_the_same_bits(name, compile, tmp_path) -> None:
+    """Weights and records of steps that a CUDA graph replays, label dropout included, and of a run that is resumed."""
+    backend = {"backend": "triton"} if HAS_TRITON else {}
+    options = {"model": name, "model_options": backend, "precision": "bfloat16", "compile": compile, "batch_size": 32}
+    shared = {**options, "warmup_steps": 1, "log_every": 1, "sample_rows": 1, "sample_steps": 2, "device": "cuda"}
+    runs = {}
+    for cuda_graph in (False, True):
+        config = TrainConfig(output=str(tmp_path / str(cuda_graph)), steps=6, cuda_graph=cuda_graph, **shared)
+        Trainer(config).fit()
+        trainer = Trainer(replace(config, steps=11), resume=True)
+        trainer.fit()
+        assert isinstance(trainer.gradients, Captured) == cuda_graph
+        records = [{**one, "images_per_second": 0} for one in read_metrics(trainer.run)]
+        runs[cuda_graph] = trainer.state_dict()["model"], trainer.state_dict()["ema"], records
+    for ours, expected in zip(runs[True][:2], runs[False][:2], strict=True):
+        assert all(torch.equal(value, expected[key]) for key, value in ours.items())
+    assert runs[True][2] == runs[False][2]
 
 
 OUTSIDE = """

@@ -58,6 +58,12 @@ class TrainConfig:
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one", change_on_resume=True)
     compile: bool = option(False, "compile the model's blocks, after a capacity_schedule if any", change_on_resume=True)
+    cuda_graph: bool = option(
+        False,
+        "on one GPU: launch forward and backward as one CUDA graph, for models or batches so small that the host is "
+        "slower than the GPU",
+        change_on_resume=True,
+    )
     workers: int = option(0, "processes that load data", change_on_resume=True)
 
     log_every: int = option(20, "steps between records of the mean loss", change_on_resume=True)

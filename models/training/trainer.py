@@ -17,12 +17,12 @@ from models.data import check_labels, load_dataset, save_grid
 from models.files import FileLock, write_atomically
 from models.objectives import objective_for
 from models.options import read_yaml, to_yaml
-from models.precision import float32_products
 from models.progress import progress_bar
 from models.sampling import balanced_labels, check_decodable, sample_images, to_images
 from models.training.batches import ShuffledBatches, load_batches
 from models.training.checkpoints import checkpoint_path, list_checkpoints, load_newest, save_checkpoint
 from models.training.config import TrainConfig
+from models.training.gradients import Captured, Gradients, check_capturable
 from models.training.interrupt import StopOnSignal
 from models.training.loading import (
     check_forward,
@@ -61,8 +61,9 @@ class Trainer:
 
     Raises:
         ValueError: another run trains into the directory; several processes without a group, or whose number does not
-            divide the batch; options, data and model do not fit together; without `resume`, the directory holds a run;
-            with it, the directory holds none, or one of another model or other options.
+            divide the batch, or with a CUDA graph, which also needs a GPU; options, data and model do not fit together;
+            without `resume`, the directory holds a run; with it, the directory holds none, or one of another model or
+            other options.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
@@ -72,6 +73,8 @@ class Trainer:
         before = self._found()
         saved = self._find_saved(resume)
         self.device = pick_device(config.device)
+        if config.cuda_graph:
+            check_capturable(self.device, self.processes)
         self.data = load_dataset(
             config.data, image_size=config.image_size, flip=config.flip, autoencoder=config.autoencoder
         )
@@ -101,9 +104,10 @@ class Trainer:
             seed_process(config.seed, self.processes.rank)
         if saved:
             self._restore(*saved)
-        self.replica = self.processes.replicate(self.model)  # what is called in training
-        self.compiled = False
-        self._compile()
+        replica = self.processes.replicate(self.model)  # what is called in training
+        self.gradients = Gradients(replica, self.objective, self.processes, config.precision, config.accumulation)
+        self.prepared = False
+        self._prepare()
 
         self.processes.wait()  # until all have looked into the directory
         self.lock = self._take(before) if self.processes.is_first else nullcontext()
@@ -158,12 +162,12 @@ class Trainer:
         """
         if hasattr(self.model, "set_training_step"):  # a capacity schedule
             self.model.set_training_step(self.step)
-            self._compile()
+            self._prepare()
         check_labels(labels, self.model.num_classes)  # before they are on a GPU, where that is harder to read
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         images = images if self.data.draw is None else self.data.draw(images)
         t, noise = self.objective.draw_times(len(images), self.device), torch.randn_like(images)
-        totals, auxes = self._accumulate(images, labels, t, noise)
+        totals, auxes = self.gradients(images, labels, t, noise)
         grad_norm = get_total_norm([one.grad for one in self.parameters if one.grad is not None])
         if self.config.grad_clip is not None:  # else a pass over all gradients would multiply them by 1
             clip_grads_with_norm_(self.parameters, self.config.grad_clip, grad_norm)
@@ -241,31 +245,19 @@ class Trainer:
             "environment": self._environment(),
         }
 
-    def _accumulate(self, *batch: Tensor) -> tuple[Tensor, list[Any]]:
-        """Gradients of images, labels, times and noise, part by part; means of loss and error, and each part's aux."""
-        totals, auxes = torch.zeros(2, device=self.device), []
-        parts = zip(*(tensor.tensor_split(self.config.accumulation) for tensor in batch), strict=True)
-        with float32_products(self.config.precision):
-            for part, (x, labels, t, noise) in enumerate(parts, 1):
-                share = len(x) / len(batch[0])
-                with self.processes.combine(self.replica, last=part == self.config.accumulation):
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-                        result = self.objective.loss(self.replica, x, labels, t=t, noise=noise)
-                    (result.loss * share).backward()
-                totals += share * torch.stack([result.loss, result.mse.mean()]).detach()
-                auxes.append(result.aux)
-        return totals, auxes
-
-    def _compile(self) -> None:
-        """Compiles the blocks if that is asked for, once a scheduled capacity, a constant to the compiler, is final."""
+    def _prepare(self) -> None:
+        """Compiles and captures, if that is asked for, once a scheduled capacity, a constant to both, is final."""
         schedule = getattr(self.model.config, "capacity_schedule", None)
-        if not self.config.compile or self.compiled or schedule and self.step < schedule[1]:
+        if self.prepared or schedule and self.step < schedule[1]:
             return
-        if self.processes.count > 1:  # else cut further, to exchange gradients within a block
-            torch._dynamo.config.optimize_ddp = False
-        for block in self.model.blocks:  # those of one kind share a compilation; a whole model's takes minutes
-            block.compile()
-        self.compiled = True
+        self.prepared = True
+        if self.config.compile:
+            if self.processes.count > 1:  # else cut further, to exchange gradients within a block
+                torch._dynamo.config.optimize_ddp = False
+            for block in self.model.blocks:  # those of one kind share a compilation; a whole model's takes minutes
+                block.compile()
+        if self.config.cuda_graph:
+            self.gradients = Captured(self.gradients, self.parameters)
 
     def _found(self) -> tuple[bool, list[Path]]:
         """Whether the directory holds a run's options, and its checkpoints."""

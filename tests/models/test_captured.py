@@ -1,0 +1,179 @@
+"""Training from a CUDA graph: its memory and its random numbers, emulated on a CPU."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from models.training import trainer as trainer_module
+from models.training.config import TrainConfig
+from models.training.gradients import Captured
+from models.training.logs import read_metrics
+from models.training.trainer import Trainer
+from tests.models.runs import one_thread, tiny
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    with one_thread():
+        yield
+
+
+class Stream:
+    """Work of all streams is done in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
+class Graph:
+    """What a capture saw, done again by `replay`, from the same inputs into the same results."""
+
+    current: Graph | None = None
+    replays = 0
+
+    def record(self, compute, inputs, parameters):
+        """As on a GPU nothing is computed yet: the results hold whatever is there, here NaN."""
+        state = torch.get_rng_state()
+        results = compute(*inputs)
+        torch.set_rng_state(state)
+        kept = [one for one in tree_leaves(results) if isinstance(one, torch.Tensor)]
+        gradients = [one.grad for one in parameters]
+        for one in (*kept, *gradients):
+            one.detach().fill_(torch.nan if one.is_floating_point() else -1)
+
+        def replay() -> None:
+            Graph.replays += 1
+            for parameter in parameters:
+                parameter.grad = None
+            new = [one for one in tree_leaves(compute(*inputs)) if isinstance(one, torch.Tensor)]
+            for old, one in zip((*kept, *gradients), (*new, *(one.grad for one in parameters)), strict=True):
+                old.detach().copy_(one.detach())
+
+        self.replay = replay
+        return results
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """CUDA graphs and streams on a CPU; a computation that is to be captured is wrapped in what this gives."""
+
+    @contextmanager
+    def capture(graph, stream, capture_error_mode):
+        Graph.current = graph
+        try:
+            yield
+        finally:
+            Graph.current = None
+
+    @contextmanager
+    def on_stream(stream):
+        yield
+
+    names = {"Stream": Stream, "CUDAGraph": Graph, "graph": capture, "stream": on_stream, "current_stream": Stream}
+    for name, one in names.items():
+        monkeypatch.setattr(torch.cuda, name, one)
+    monkeypatch.setattr(Graph, "replays", 0)
+
+    def wrapped(compute, parameters):
+        def run(*inputs):
+            return Graph.current.record(compute, inputs, parameters) if Graph.current else compute(*inputs)
+
+        return Captured(run, parameters)
+
+    monkeypatch.setattr(trainer_module, "Captured", wrapped)
+    monkeypatch.setattr(trainer_module, "check_capturable", lambda device, processes: None)
+    return wrapped
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulation": 2, "grad_clip": 0.01}, {"grad_clip": None}])
+def test_a_captured_run_has_the_same_bits(options, emulated, tmp_path):
+    """Weights, averages, router bias and records of every step, label dropout included."""
+    options = {"model": "DSMoE-digits", "steps": 7, "log_every": 1, **options}
+    plain = Trainer(tiny(tmp_path / "plain", **options))
+    plain.fit()
+    assert not Graph.replays
+    captured = Trainer(tiny(tmp_path / "captured", cuda_graph=True, **options))
+    captured.fit()
+    assert Graph.replays == 7 - Captured.WARM_UP
+    expected, state = plain.state_dict(), captured.state_dict()
+    for name in ("model", "ema"):
+        assert all(torch.equal(value, expected[name][key]) for key, value in state[name].items())
+    assert torch.equal(state["rng"]["cpu"], expected["rng"]["cpu"])
+    records = [read_metrics(tmp_path / name) for name in ("plain", "captured")]
+    for one in (record for run in records for record in run):
+        one.pop("images_per_second")
+    assert records[0] == records[1]
+
+
+def test_a_capacity_schedule_is_captured_once_it_is_final(emulated, tmp_path):
+    sizes = {"hidden_size": 16, "depth": 2, "num_heads": 2, "num_experts": 4, "capacity_schedule": [1, 3]}
+    config = {"model": "DiffMoE-digits", "model_options": sizes, "batch_size": 8, "sample_steps": 1, "steps": 8}
+    plain = Trainer(TrainConfig(output=str(tmp_path / "plain"), **config))
+    plain.fit()
+    captured = Trainer(TrainConfig(output=str(tmp_path / "captured"), cuda_graph=True, **config))
+    captured.fit()
+    assert Graph.replays == 8 - 3 - Captured.WARM_UP
+    expected = plain.model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in captured.model.state_dict().items())
+
+
+def square(weight):
+    def compute(x):
+        loss = (weight * x).square().sum()
+        loss.backward()
+        return loss
+
+    return compute
+
+
+def test_inputs_are_copied_to_where_the_graph_reads(emulated):
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    run = emulated(square(weight), [weight])
+    for number in range(1, 7):
+        loss = run(torch.full((2,), float(number)))
+        assert loss == 5 * number**2 and torch.equal(weight.grad, 2 * weight.detach() * number**2)
+        assert not loss.requires_grad or number <= Captured.WARM_UP
+        weight.grad = None
+    assert Graph.replays == 6 - Captured.WARM_UP
+    with pytest.raises(ValueError, match=r"input 0 must be \(2,\) torch.float32 as it was captured, got \(1,\)"):
+        run(torch.ones(1))  # which a copy would repeat
+
+
+def test_gradients_that_are_left_are_refused(emulated):
+    weight = torch.ones(2, requires_grad=True)
+    run = emulated(square(weight), [weight])
+    run(torch.ones(2))
+    with pytest.raises(RuntimeError, match="gradients of an earlier step are left"):
+        run(torch.ones(2))
+
+
+def test_what_can_t_be_captured_is_told(emulated):
+    """The reason is the computation's own, not that its capture was ended too soon."""
+    weight = torch.ones(2, requires_grad=True)
+
+    def waits(x):
+        if run.calls > Captured.WARM_UP:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return square(weight)(x)
+
+    run = Captured(waits, [weight])
+    for _ in range(Captured.WARM_UP):
+        run(torch.ones(2))
+        weight.grad = None
+    with pytest.raises(NotImplementedError, match="does not fit in a CUDA graph here: operation not permitted"):
+        run(torch.ones(2))
+
+
+def test_a_graph_needs_a_gpu_of_one_process(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="cuda_graph needs a GPU, got device cpu: leave --cuda-graph out"):
+        Trainer(tiny(tmp_path / "run", device="cpu", cuda_graph=True))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="cuda_graph is for one process, got 2"):
+        trainer_module.check_capturable(torch.device("cuda"), trainer_module.Processes(0, 2))
