@@ -120,6 +120,7 @@ class Provider:
         fullgraph: compiled without graph breaks, or it fails.
         captured: in a CUDA graph; False where it synchronizes with the host, so that none can hold it.
         in_a_row: not captured, but the host may run ahead of the GPU: timed over a few runs.
+        replays: of a training step: forward and backward from a CUDA graph, as `models.train --cuda-graph` runs them.
         masters: float32 weights, cast inside.
         ceiling: another function of the same cost, which no reference checks.
         needs: why it can't run on that machine, such as a package that is missing, or None.
@@ -132,6 +133,7 @@ class Provider:
     fullgraph: bool = True
     captured: bool = True
     in_a_row: bool = False
+    replays: bool = False
     masters: bool = False
     ceiling: bool = False
     needs: Callable[[Where], str | None] = lambda where: None
@@ -145,6 +147,8 @@ class Provider:
             return reason
         if self.compiled and where.compiler is None:
             return "compiled for a GPU only"
+        if self.replays and where.device != "cuda":
+            return "a CUDA graph needs a CUDA device"
         if self.masters and where.dtype == torch.float32:
             return "every weight is float32 here"
         return self.needs(where)

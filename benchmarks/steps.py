@@ -19,18 +19,27 @@ from benchmarks import timing
 from diffmoe_kernels.modules import Experts
 from models import DiT, JiT
 from models.objectives import TrainingLoss, objective_for
+from models.training.gradients import Captured, Gradients
+from models.training.processes import Processes
 from models.training.state import MovingAverage
 
 GUIDANCE = 1.5
 
 
 class Training:
-    """A model in training, under autocast where the dtype is bfloat16."""
+    """A model in training, under autocast where the dtype is bfloat16.
+
+    first_steps: how many there are until all is compiled and captured.
+    """
+
+    first_steps = 1
 
     def __init__(self, model: DiT, dtype: torch.dtype) -> None:
         self.model, self.objective = model.train(), objective_for(model)
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        self.gradients = Gradients(self.model, self.objective, Processes(), precision)
 
     def conditions(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """(count,) labels, (count,) times and noise like the images: for the same count the same ones."""
@@ -55,22 +64,23 @@ class Training:
         self.model.zero_grad(set_to_none=True)
         return {"error of each image": torch.cat(errors), **gradients}
 
-    def begin(self) -> None:
-        """Makes what a run of training has besides the model."""
+    def begin(self, captured: bool = False) -> None:
+        """Makes what a run of training has besides the model, with a CUDA graph or without."""
         trained = [one for one in self.model.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
         self.average = MovingAverage(self.model, decay=0.9999)
+        if captured:
+            self.gradients, self.first_steps = Captured(self.gradients, trained), Captured.WARM_UP + 1
 
     def step_on(self, images: Tensor) -> Callable[[], None]:
         """The step of a batch; it leaves no gradients."""
         conditions = self.conditions(len(images))
 
         def step() -> None:
-            result = self.loss(images, *conditions)
-            result.loss.backward()
+            _, auxes = self.gradients(images, *conditions)
             self.update()
             self.optimizer.zero_grad(set_to_none=True)
-            self.model.update_routing_state(result.aux)
+            self.model.update_routing_state(auxes)
 
         return step
 
@@ -99,6 +109,8 @@ class Training:
 class Sampling:
     """A model that samples, under autocast where the dtype is bfloat16."""
 
+    first_steps = 1
+
     def __init__(self, model: DiT, dtype: torch.dtype) -> None:
         guided_at_first = {"guidance_interval": (0.0, 1.0)} if isinstance(model, JiT) else {}
         self.model, self.objective = model.eval(), objective_for(model, **guided_at_first)
@@ -121,7 +133,7 @@ class Sampling:
         parts = zip(noise.split(at_once), self.labels(len(noise)).split(at_once), strict=True)
         return {"samples": torch.cat([self.sample(*part) for part in parts])}
 
-    def begin(self) -> None:
+    def begin(self, captured: bool = False) -> None:
         """Sampling has nothing besides the model."""
 
     def step_on(self, noise: Tensor) -> Callable[[], Tensor]:

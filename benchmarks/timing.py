@@ -31,7 +31,7 @@ IN_A_ROW, MOST_IN_A_ROW = 0.25, 8  # seconds of runs at least, and runs at most,
 
 # Captures that failed, kept: PyTorch's allocator and random numbers stay as in a capture (pytorch/pytorch#180395), so
 # that nothing more is to be timed in this process.
-BROKEN: list[torch.cuda.CUDAGraph] = []
+BROKEN: list[object] = []
 
 Step = Callable[[], object]
 

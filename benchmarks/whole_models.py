@@ -1,8 +1,9 @@
 """Whole models: a step of training and one of sampling (`benchmarks.steps`) at batch 64, 256, the largest that fits.
 
-Neither is captured in a CUDA graph, since users launch them from Python too: CUDA events stand around a few steps in a
-row, their launches and checks of labels and times included. In training no step waits for the GPU, so the host may run
-ahead of it; in sampling each waits for the checks of its labels.
+CUDA events stand around a few steps in a row, as users launch them from Python, their checks of labels and times
+included. In training no step waits for the GPU, so the host may run ahead of it; in sampling each waits for the checks
+of its labels. "captured" replays forward and backward from a CUDA graph, as `models.train --cuda-graph` does; PyTorch
+does not tell how much memory a replay takes.
 
 Compiled is block by block: blocks of one kind share a compilation, which takes seconds; that of a whole model takes
 minutes. "one graph" is the dense model compiled as a whole.
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import measure
+from benchmarks import measure, timing
 from benchmarks.experts import gather_sum
 from benchmarks.registry import BOTH, FORWARD, Build, Case, Provider, Where, normal
 from benchmarks.steps import Sampling, Training
@@ -152,15 +153,18 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return model.blocks
 
 
-def providers(model: str, direction: str, where: Where, repeated: bool) -> dict[str, Provider]:
-    """Of one model; ``repeated`` where on this machine another case does the same."""
+def providers(model: str, batch: int | None, direction: str, where: Where, repeated: bool) -> dict[str, Provider]:
+    """Of one model and batch; ``repeated`` where on this machine another case does the same."""
     reason = "small, it is the same as another batch or model of its family" if repeated else None
     how_timed = {"captured": False, "in_a_row": True, "needs": lambda where: reason}
     common = {"masters": where.dtype != torch.float32, **how_timed}
     found = {}
     for backend in ("triton", "torch"):
         eager = Provider(build(backend, direction), backend, **common)
-        found |= {f"{backend}, compiled": replace(eager, compiled=True, regions=blocks), backend: eager}
+        compiled = replace(eager, compiled=True, regions=blocks)
+        found |= {f"{backend}, compiled": compiled, backend: eager}
+        if direction == BOTH and batch is not None:
+            found[f"{backend}, compiled, captured"] = replace(compiled, replays=True)
     if model.startswith(("DSMoE", "JiTMoE")):
         plain = Provider(build("torch", direction, GroupedMM), compiled=True, regions=blocks, **common)
         found["grouped_mm, compiled"] = plain
@@ -180,7 +184,7 @@ def cases(where: Where) -> list[Case]:
                 name = f"{model}, {'largest batch' if batch is None else f'batch {batch}'}"
                 shape = ModelShape(model, batch)
                 small = op, where.resize(shape)
-                who = providers(model, direction, where, repeated=small in seen)
+                who = providers(model, batch, direction, where, repeated=small in seen)
                 seen.add(small)
                 reference = build("reference", direction)
                 found.append(Case(op, name, direction, shape, who, images, reference, cost, prepare=prepare))
@@ -205,7 +209,7 @@ def prepare(case: Case, provider: Provider, where: Where) -> tuple[list[Callable
         run = RUNS[case.direction](provider.module(checked, where), where.dtype)
         agree(run.outcome(x, len(x)), exact, rounding, where.dtype)
         del exact
-        run.begin()
+        run.begin(captured=provider.replays)
 
         @functools.cache
         def memory(count: int) -> tuple[int, int]:
@@ -217,7 +221,8 @@ def prepare(case: Case, provider: Provider, where: Where) -> tuple[list[Callable
             torch.cuda.empty_cache()
             x = images(replace(shape, images=count), where)
             steps = [run.step_on(one) for one in measure.in_other_orders(x)]  # as they are timed
-            steps[0]()  # compiles, makes the optimizer's moments
+            for _ in range(run.first_steps):  # they compile, capture, make the optimizer's moments
+                steps[0]()
             between = torch.cuda.memory_allocated()
             return between, between + measure.peak_bytes(steps[0])
 
@@ -226,12 +231,15 @@ def prepare(case: Case, provider: Provider, where: Where) -> tuple[list[Callable
             if shape.images is None:
                 count = largest_batch(memory, run.grows_to(), CHECKED, room())
             between, most = memory(count)
-            measured = {"peak_mib": measure.mib(most - between), "allocated_mib": measure.mib(most - held)}
+            if not provider.replays:
+                measured = {"peak_mib": measure.mib(most - between), "allocated_mib": measure.mib(most - held)}
         x = images(replace(shape, images=count), where)
         flops, least_bytes = cost(replace(shape, images=count), case.direction, where.dtype.itemsize)
         measured |= {"images": count, "flops": flops, "least_bytes": least_bytes, **run.apart(x)}
         return [run.step_on(one) for one in measure.in_other_orders(x)], measured
     except RuntimeError as error:
+        if provider.replays:  # by its capture, maybe
+            timing.BROKEN.append(error)
         if not out_of_memory(error):
             raise
         raise SkipTest(f"{shape.images or CHECKED} images do not fit in the GPU's memory") from None

@@ -176,7 +176,12 @@ def test_what_runs_where() -> None:
     ]
     twin = cases["training step", "DSMoE-L-E48, largest batch", BOTH].providers["torch"]
     assert twin.why_not(CPU) == "small, it is the same as another batch or model of its family"
+    replayed = cases["training step", "DSMoE-L-E48, batch 256", BOTH].providers["triton, compiled, captured"]
+    assert replace(replayed, masters=False).why_not(COMPILED) == "a CUDA graph needs a CUDA device"
     for case in whole_models.cases(GPU):
+        captured = [name for name, one in case.providers.items() if one.replays]
+        fixed = case.op == "training step" and case.shape.images is not None
+        assert captured == ["triton, compiled, captured", "torch, compiled, captured"] * fixed
         assert all(one.needs(GPU) is None and not one.captured and one.masters for one in case.providers.values())
         assert {"triton", "triton, compiled", "torch", "torch, compiled"} <= case.providers.keys()
         facts = case.facts("torch", GPU)

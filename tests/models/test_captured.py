@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import steps
+from models import create_model
 from models.training import trainer as trainer_module
 from models.training.config import TrainConfig
 from models.training.gradients import Captured
@@ -87,6 +89,7 @@ def emulated(monkeypatch):
 
         return Captured(run, parameters)
 
+    wrapped.WARM_UP = Captured.WARM_UP
     monkeypatch.setattr(trainer_module, "Captured", wrapped)
     monkeypatch.setattr(trainer_module, "check_capturable", lambda device, processes: None)
     return wrapped
@@ -122,6 +125,24 @@ def test_a_capacity_schedule_is_captured_once_it_is_final(emulated, tmp_path):
     assert Graph.replays == 8 - 3 - Captured.WARM_UP
     expected = plain.model.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in captured.model.state_dict().items())
+
+
+def test_a_timed_step_is_captured_too(emulated, monkeypatch):
+    """`benchmarks.steps` trains by the same graph, on inputs of several places in memory."""
+    monkeypatch.setattr(steps, "Captured", emulated)
+    weights = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = create_model("DSMoE-digits", depth=2, hidden_size=16, num_heads=2, balance="bias")
+        run = steps.Training(model, torch.float32)
+        run.begin(captured)
+        batches = [run.step_on(torch.randn(4, 1, 8, 8)) for _ in range(3)]
+        assert run.first_steps == (Captured.WARM_UP + 1 if captured else 1)
+        for number in range(6):
+            batches[number % 3]()
+        weights.append({**model.state_dict(), **run.average.module.state_dict(prefix="average.")})
+    assert Graph.replays == 6 - Captured.WARM_UP
+    assert all(torch.equal(value, weights[0][key]) for key, value in weights[1].items())
 
 
 def square(weight):
