@@ -60,8 +60,8 @@ class TrainConfig:
     compile: bool = option(False, "compile the model's blocks, after a capacity_schedule if any", change_on_resume=True)
     cuda_graph: bool = option(
         False,
-        "on one GPU: launch forward and backward as one CUDA graph, for models or batches so small that the host is "
-        "slower than the GPU",
+        "on a GPU: launch forward and backward as one CUDA graph, for models or batches so small that the host is "
+        "slower than the GPU; several processes then average gradients after the backward, not within it",
         change_on_resume=True,
     )
     workers: int = option(0, "processes that load data", change_on_resume=True)

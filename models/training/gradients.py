@@ -72,6 +72,12 @@ class Captured:
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
+    @staticmethod
+    def check_device(device: torch.device) -> None:
+        """Raises ValueError where there are no graphs."""
+        if device.type != "cuda":
+            raise ValueError(f"cuda_graph needs a GPU, got device {device}: leave --cuda-graph out")
+
     def __call__(self, *inputs: Tensor) -> Any:
         if any(parameter.grad is not None for parameter in self.parameters):
             raise RuntimeError("gradients of an earlier step are left, which a graph does not add to: set them to None")
@@ -121,15 +127,3 @@ class Captured:
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
-
-
-def check_capturable(device: torch.device, processes: Processes) -> None:
-    """Refuse to capture what is not on a GPU, or what several processes exchange.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if device.type != "cuda":
-        raise ValueError(f"cuda_graph needs a GPU, got device {device}: leave --cuda-graph out")
-    if processes.count > 1:
-        raise ValueError(f"cuda_graph is for one process, got {processes.count}: leave --cuda-graph out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.training.loading import pick_device
+
+PIECE = 2**28  # bytes of gradients that are sent at once
 
 
 @contextmanager
@@ -96,9 +98,18 @@ class Processes:
         size = len(batch) // self.count
         return batch[self.rank * size : (self.rank + 1) * size]
 
-    def replicate(self, model: nn.Module) -> nn.Module:
-        """The model, with gradients averaged over the processes; it starts from the first one's weights."""
+    def replicate(self, model: nn.Module, *, average: bool = True) -> nn.Module:
+        """The model, which starts from the first process's weights.
+
+        Args:
+            average: replace gradients by their means over the processes within each backward; else it is left to
+                `average_`.
+        """
         if self.count == 1:
+            return model
+        if not average:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
             return model
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
@@ -107,7 +118,19 @@ class Processes:
 
     def combine(self, replica: nn.Module, *, last: bool) -> AbstractContextManager:
         """For a forward and backward pass, at whose end gradients are averaged if it is the last one of the step."""
-        return nullcontext() if last or self.count == 1 else replica.no_sync()
+        return nullcontext() if last or not isinstance(replica, DistributedDataParallel) else replica.no_sync()
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each by its mean over the processes, which have as many of the same shapes."""
+        if self.count == 1:
+            return
+        piece: list[Tensor] = []
+        for number, tensor in enumerate(tensors, 1):
+            piece.append(tensor)
+            if number == len(tensors) or sum(one.nbytes for one in piece) >= PIECE:
+                means = self.mean(torch.cat([one.flatten() for one in piece])).split([one.numel() for one in piece])
+                torch._foreach_copy_(piece, [mean.view_as(one) for mean, one in zip(means, piece, strict=True)])
+                piece = []
 
     def mean(self, values: Tensor) -> Tensor:
         """Their mean over the processes."""

@@ -22,7 +22,7 @@ from models.sampling import balanced_labels, check_decodable, sample_images, to_
 from models.training.batches import ShuffledBatches, load_batches
 from models.training.checkpoints import checkpoint_path, list_checkpoints, load_newest, save_checkpoint
 from models.training.config import TrainConfig
-from models.training.gradients import Captured, Gradients, check_capturable
+from models.training.gradients import Captured, Gradients
 from models.training.interrupt import StopOnSignal
 from models.training.loading import (
     check_forward,
@@ -61,7 +61,7 @@ class Trainer:
 
     Raises:
         ValueError: another run trains into the directory; several processes without a group, or whose number does not
-            divide the batch, or with a CUDA graph, which also needs a GPU; options, data and model do not fit together;
+            divide the batch; a CUDA graph without a GPU; options, data and model do not fit together;
             without `resume`, the directory holds a run; with it, the directory holds none, or one of another model or
             other options.
     """
@@ -74,7 +74,7 @@ class Trainer:
         saved = self._find_saved(resume)
         self.device = pick_device(config.device)
         if config.cuda_graph:
-            check_capturable(self.device, self.processes)
+            Captured.check_device(self.device)
         self.data = load_dataset(
             config.data, image_size=config.image_size, flip=config.flip, autoencoder=config.autoencoder
         )
@@ -104,7 +104,8 @@ class Trainer:
             seed_process(config.seed, self.processes.rank)
         if saved:
             self._restore(*saved)
-        replica = self.processes.replicate(self.model)  # what is called in training
+        # What is called in training. A graph does not hold what goes from process to process.
+        replica = self.processes.replicate(self.model, average=not config.cuda_graph)
         self.gradients = Gradients(replica, self.objective, self.processes, config.precision, config.accumulation)
         self.prepared = False
         self._prepare()
@@ -168,7 +169,10 @@ class Trainer:
         images = images if self.data.draw is None else self.data.draw(images)
         t, noise = self.objective.draw_times(len(images), self.device), torch.randn_like(images)
         totals, auxes = self.gradients(images, labels, t, noise)
-        grad_norm = get_total_norm([one.grad for one in self.parameters if one.grad is not None])
+        gradients = [one.grad for one in self.parameters if one.grad is not None]
+        if self.config.cuda_graph:
+            self.processes.average_(gradients)
+        grad_norm = get_total_norm(gradients)
         if self.config.grad_clip is not None:  # else a pass over all gradients would multiply them by 1
             clip_grads_with_norm_(self.parameters, self.config.grad_clip, grad_norm)
         stats = StepStats(*torch.stack([*self.processes.mean(totals), grad_norm]).tolist())

@@ -8,15 +8,18 @@ import sys
 import warnings
 from contextlib import closing
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.training import processes
 from models.training.config import TrainConfig
 from models.training.processes import process_group
 from models.training.trainer import Trainer
+from tests.models.emulated_graphs import Graph, emulate
 from tests.models.runs import tiny
 
 SIZES = {"hidden_size": 16, "depth": 2, "num_heads": 2}
@@ -126,6 +129,21 @@ def fail_one(output: Path, rank: int) -> str:
     return "no error"
 
 
+def train_captured(output: Path) -> bool:
+    """Whether weights are the same bits where gradients are averaged after a CUDA graph, emulated here."""
+    weights = []
+    for cuda_graph in (False, True):
+        if cuda_graph:
+            emulate(setattr)
+            processes.PIECE = 1000  # bytes, so that there are several
+        trainer = Trainer(tiny(output / f"captured-{cuda_graph}", cuda_graph=cuda_graph, ema_decay=0.5, accumulation=2))
+        with closing(trainer._batches()) as batches:
+            for batch in islice(batches, 6):
+                trainer.train_step(*batch)
+        weights.append({**trainer.model.state_dict(), **trainer.averages["ema"].module.state_dict(prefix="average.")})
+    return Graph.replays == 3 and all(torch.equal(one, weights[0][key]) for key, one in weights[1].items())
+
+
 def main(output: Path) -> None:
     torch.set_num_threads(1)
     with process_group("cpu"):
@@ -133,7 +151,7 @@ def main(output: Path) -> None:
         told: dict[str, Any] = {name: train_family(output, name) for name in FAMILIES}
         stop_and_go_on(output)
         told |= {"resumed": go_on_from_one(output / "one"), "stopped": stop_one(output, rank)}
-        told["failed"] = fail_one(output, rank)
+        told |= {"failed": fail_one(output, rank), "captured": train_captured(output)}
         torch.save(told, output / f"rank-{rank}.pt")
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import steps
 from models import create_model
-from models.training import trainer as trainer_module
 from models.training.config import TrainConfig
 from models.training.gradients import Captured
 from models.training.logs import read_metrics
 from models.training.trainer import Trainer
+from tests.models.emulated_graphs import Graph, emulate
 from tests.models.runs import one_thread, tiny
 
 
@@ -24,75 +21,9 @@ def threads():
         yield
 
 
-class Stream:
-    """Work of all streams is done in turn."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def wait_stream(self, other: Stream) -> None:
-        pass
-
-
-class Graph:
-    """What a capture saw, done again by `replay`, from the same inputs into the same results."""
-
-    current: Graph | None = None
-    replays = 0
-
-    def record(self, compute, inputs, parameters):
-        """As on a GPU nothing is computed yet: the results hold whatever is there, here NaN."""
-        state = torch.get_rng_state()
-        results = compute(*inputs)
-        torch.set_rng_state(state)
-        kept = [one for one in tree_leaves(results) if isinstance(one, torch.Tensor)]
-        gradients = [one.grad for one in parameters]
-        for one in (*kept, *gradients):
-            one.detach().fill_(torch.nan if one.is_floating_point() else -1)
-
-        def replay() -> None:
-            Graph.replays += 1
-            for parameter in parameters:
-                parameter.grad = None
-            new = [one for one in tree_leaves(compute(*inputs)) if isinstance(one, torch.Tensor)]
-            for old, one in zip((*kept, *gradients), (*new, *(one.grad for one in parameters)), strict=True):
-                old.detach().copy_(one.detach())
-
-        self.replay = replay
-        return results
-
-
 @pytest.fixture
 def emulated(monkeypatch):
-    """CUDA graphs and streams on a CPU; a computation that is to be captured is wrapped in what this gives."""
-
-    @contextmanager
-    def capture(graph, stream, capture_error_mode):
-        Graph.current = graph
-        try:
-            yield
-        finally:
-            Graph.current = None
-
-    @contextmanager
-    def on_stream(stream):
-        yield
-
-    names = {"Stream": Stream, "CUDAGraph": Graph, "graph": capture, "stream": on_stream, "current_stream": Stream}
-    for name, one in names.items():
-        monkeypatch.setattr(torch.cuda, name, one)
-    monkeypatch.setattr(Graph, "replays", 0)
-
-    def wrapped(compute, parameters):
-        def run(*inputs):
-            return Graph.current.record(compute, inputs, parameters) if Graph.current else compute(*inputs)
-
-        return Captured(run, parameters)
-
-    wrapped.WARM_UP = Captured.WARM_UP
-    monkeypatch.setattr(trainer_module, "Captured", wrapped)
-    monkeypatch.setattr(trainer_module, "check_capturable", lambda device, processes: None)
-    return wrapped
+    return emulate(monkeypatch.setattr)
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulation": 2, "grad_clip": 0.01}, {"grad_clip": None}])
@@ -192,9 +123,7 @@ def test_what_can_t_be_captured_is_told(emulated):
         run(torch.ones(2))
 
 
-def test_a_graph_needs_a_gpu_of_one_process(tmp_path, monkeypatch):
+def test_a_graph_needs_a_gpu(tmp_path):
     with pytest.raises(ValueError, match="cuda_graph needs a GPU, got device cpu: leave --cuda-graph out"):
         Trainer(tiny(tmp_path / "run", device="cpu", cuda_graph=True))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="cuda_graph is for one process, got 2"):
-        trainer_module.check_capturable(torch.device("cuda"), trainer_module.Processes(0, 2))

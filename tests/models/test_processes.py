@@ -112,6 +112,11 @@ def test_images_that_one_can_not_read_stop_all_with_a_checkpoint(shares):
     assert load_newest(output / "failed")[1]["step"] == 1
 
 
+def test_gradients_are_averaged_after_a_graph_too(shares):
+    """To the same bits: of two processes a sum has one order."""
+    assert [process["captured"] for process in shares[1]] == [True, True]
+
+
 def test_the_command_under_torchrun(tmp_path):
     run = tmp_path / "run"
     ended = torchrun("models.train", *command_line(tiny(run, steps=3, workers=1)))
@@ -160,14 +165,18 @@ def test_several_processes_sample_in_parts(tmp_path, monkeypatch, capsys):
 def test_two_gpus_train_and_sample(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    run = tmp_path / "run"
+    run, options = tmp_path / "run", {"steps": 6, "device": "cuda", "precision": "bfloat16"}
     for module, more in (
-        ("models.train", command_line(tiny(run, steps=3, device="cuda", precision="bfloat16"))),
+        ("models.train", command_line(tiny(run, **options))),
+        ("models.train", command_line(tiny(tmp_path / "graph", cuda_graph=True, **options))),
         ("models.sample", ["--checkpoint", str(run), "--output", str(run / "parts"), "--part-size", "50"]),
     ):
         ended = torchrun(module, *more, devices="0,1")
         assert ended.returncode == 0, ended.stderr
-    assert [record["step"] for record in read_metrics(run)] == [1, 2, 3]
+    graph, one_by_one = (
+        [{**record, "images_per_second": 0} for record in read_metrics(tmp_path / name)] for name in ("graph", "run")
+    )
+    assert len(one_by_one) == 6 and graph == one_by_one
     assert len(list((run / "parts").glob("samples-*.npz"))) == 2
 
 

@@ -1,0 +1,88 @@
+"""CUDA graphs and streams on a CPU: the memory and the random numbers of steps that are captured and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from models.training import trainer
+from models.training.gradients import Captured
+
+
+class Stream:
+    """Work of all streams is done in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
+class Graph:
+    """What a capture saw, done again by `replay`, from the same inputs into the same results."""
+
+    current: Graph | None = None
+    replays = 0
+
+    def record(self, compute, inputs, parameters):
+        """As on a GPU nothing is computed yet: the results hold whatever is there, here NaN."""
+        state = torch.get_rng_state()
+        results = compute(*inputs)
+        torch.set_rng_state(state)
+        kept = [one for one in tree_leaves(results) if isinstance(one, torch.Tensor)]
+        gradients = [one.grad for one in parameters]
+        for one in (*kept, *gradients):
+            one.detach().fill_(torch.nan if one.is_floating_point() else -1)
+
+        def replay() -> None:
+            Graph.replays += 1
+            for parameter in parameters:
+                parameter.grad = None
+            new = [one for one in tree_leaves(compute(*inputs)) if isinstance(one, torch.Tensor)]
+            for old, one in zip((*kept, *gradients), (*new, *(one.grad for one in parameters)), strict=True):
+                old.detach().copy_(one.detach())
+
+        self.replay = replay
+        return results
+
+
+def emulate(setattr: Callable[[Any, str, Any], None]) -> Callable[..., Captured]:
+    """Lets trainers on a CPU capture their steps.
+
+    Args:
+        setattr: as a monkeypatch has it.
+
+    Returns:
+        What takes the place of `Captured`.
+    """
+
+    @contextmanager
+    def capture(graph, stream, capture_error_mode):
+        Graph.current = graph
+        try:
+            yield
+        finally:
+            Graph.current = None
+
+    @contextmanager
+    def on_stream(stream):
+        yield
+
+    def captured(compute, parameters):
+        def run(*inputs):
+            return Graph.current.record(compute, inputs, parameters) if Graph.current else compute(*inputs)
+
+        return Captured(run, parameters)
+
+    names = {"Stream": Stream, "CUDAGraph": Graph, "graph": capture, "stream": on_stream, "current_stream": Stream}
+    for name, one in names.items():
+        setattr(torch.cuda, name, one)
+    captured.WARM_UP, captured.check_device = Captured.WARM_UP, lambda device: None
+    setattr(Graph, "replays", 0)
+    setattr(trainer, "Captured", captured)
+    return captured
