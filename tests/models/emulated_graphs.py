@@ -46,6 +46,8 @@ class Graph:
             new = [one for one in tree_leaves(compute(*inputs)) if isinstance(one, torch.Tensor)]
             for old, one in zip((*kept, *gradients), (*new, *(one.grad for one in parameters)), strict=True):
                 old.detach().copy_(one.detach())
+            for parameter in parameters:
+                parameter.grad = None  # which a graph knows nothing of
 
         self.replay = replay
         return results
@@ -66,6 +68,8 @@ def emulate(setattr: Callable[[Any, str, Any], None]) -> Callable[..., Captured]
         Graph.current = graph
         try:
             yield
+        except Exception:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
         finally:
             Graph.current = None
 
