@@ -9,7 +9,10 @@ from typing import Any
 
 CAPTURE_FAILED = "the capture of a CUDA graph failed before it in this process"
 MARK = "\N{DAGGER}"
-MARKED = f"{MARK}: launched from Python, its waits for the device included; all else is replayed as a CUDA graph"
+MARKED = (
+    f"{MARK}: launched from Python (where captured, in part), its waits for the device included; "
+    "all else is replayed as a CUDA graph"
+)
 SAME = ("device", "compute_capability", "driver", "torch", "cuda", "triton", "commit")
 
 
