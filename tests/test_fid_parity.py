@@ -109,8 +109,10 @@ def test_latent_models_are_trained_and_sampled_as_published():
     assert (latents.train.precision, latents.sample.precision) == ("tf32", "tf32")
     assert "usual-250" in latents.sample.join
     assert make_run(ParityConfig(data="latents", sample_method="heun"), "DSMoE-L-E16", 0).sample.steps is None
-    images = make_run(ParityConfig(data="photos", models=["JiT-B/16"], accumulation=2), "JiT-B/16", 0)
-    assert (images.sample.steps, images.train.accumulation) == (None, 2)
+    options = {"accumulation": 2, "compile": True, "cuda_graph": True}
+    images = make_run(ParityConfig(data="photos", models=["JiT-B/16"], **options), "JiT-B/16", 0)
+    assert all(getattr(images.train, name) == value for name, value in options.items())
+    assert images.sample.steps is None
     digits = make_run(ParityConfig(), "DSMoE-digits", 0)
     assert (digits.train.grad_clip, digits.train.warmup_steps, digits.sample.steps) == (1.0, 100, 50)
     assert (digits.train.precision, digits.sample.precision) == ("float32", "float32")
