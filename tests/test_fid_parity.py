@@ -193,7 +193,7 @@ def test_other_options_are_refused_where_runs_are(compared, capsys):
 
 
 def test_other_samples_of_the_same_training(compared, monkeypatch):
-    monkeypatch.setattr(Trainer, "train_step", None)  # no step is taken
+    monkeypatch.setattr(Trainer, "launch_step", None)  # no step is taken
     assert main(["--output", str(compared), "--seeds", "1", *QUICK, "--cfg-scale", "2"]) == 0
     assert len(list((compared / "DiT-digits" / "seed-0" / "samples").glob("*_cfg-2_euler-1/samples.npz"))) == 1
 

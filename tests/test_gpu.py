@@ -123,6 +123,23 @@ def test_a_training_step_waits_for_nothing(name) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True], ids=["launched", "replayed"])
+def test_the_trainer_reads_no_step_before_the_next(cuda_graph, tmp_path) -> None:
+    """A step with its batch, draws, clipped gradients and figures: the last are there once they are asked for."""
+    config = TrainConfig("DSMoE-digits", output=str(tmp_path / "run"), device="cuda", cuda_graph=cuda_graph)
+    trainer = Trainer(config)
+    with trainer.lock, closing(trainer._batches()) as batches:
+        for _ in range(Captured.WARM_UP + 1):
+            trainer.train_step(*next(batches))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launched = [trainer.launch_step(*next(batches)) for _ in range(2)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        stats = [one.stats() for one in launched]
+    assert all(one.grad_norm > 0 for one in stats) and stats[0] != stats[1]
+
+
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ["DiT-digits", *MIXTURES])
 def test_a_captured_run_has_the_same_bits(name, compile, tmp_path) -> None:

@@ -99,6 +99,10 @@ class TrainConfig:
         require(self, "max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0, or null for no limit")
         require(self, "accumulation", self.accumulation <= self.batch_size, f"at most batch_size, {self.batch_size}")
 
+    def learning_rate_of(self, step: int) -> float:
+        """That of a step, counted from 1: it rises linearly during warm-up."""
+        return self.learning_rate * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
+
     def check_resumable_from(self, saved: dict[str, Any], source: Path, *, exactly: bool = False) -> None:
         """Refuse to continue a run under options that would make it another run.
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 
 class NonFiniteError(RuntimeError):
     """Training met a NaN or an infinity and stopped; the message has the step and the last good checkpoint."""
@@ -21,6 +24,28 @@ class StepStats:
     loss: float
     mse: float
     grad_norm: float
+
+
+class LaunchedStep:
+    """An optimizer step that a GPU may still be at.
+
+    Args:
+        step: its number.
+        figures: (3,) loss, squared error and gradient norm, as `StepStats` has them; the copy to the host begins now.
+    """
+
+    def __init__(self, step: int, figures: Tensor) -> None:
+        self.step, self.figures = step, figures.to("cpu", non_blocking=True)
+        self.done = None
+        if figures.is_cuda:
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def stats(self) -> StepStats:
+        """Its figures, once they are there."""
+        if self.done:
+            self.done.synchronize()
+        return StepStats(*self.figures.tolist())
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from models.data import check_labels, load_dataset, save_grid
+from models.data import check_labels, load_dataset
 from models.files import FileLock, write_atomically
 from models.objectives import objective_for
 from models.options import read_yaml, to_yaml
 from models.progress import progress_bar
-from models.sampling import balanced_labels, check_decodable, sample_images, to_images
+from models.sampling import check_decodable
 from models.training.batches import ShuffledBatches, load_batches
 from models.training.checkpoints import checkpoint_path, list_checkpoints, load_newest, save_checkpoint
 from models.training.config import TrainConfig
@@ -34,12 +34,12 @@ from models.training.loading import (
 )
 from models.training.lock import run_lock
 from models.training.logs import RunLog, read_metrics, save_loss_curves
-from models.training.outcome import NonFiniteError, StepStats, TrainResult
+from models.training.outcome import LaunchedStep, NonFiniteError, StepStats, TrainResult
 from models.training.processes import Processes
+from models.training.samples import save_samples
 from models.training.state import MovingAverage, environment, random_state, restore_random_state, seed_process
 
 CONFIG_FILE = "config.yaml"
-GRID_COLUMNS = 10  # classes shown at most
 
 
 class Trainer:
@@ -99,6 +99,7 @@ class Trainer:
         check_decodable(self.model, self.data.autoencoder)
         self.step, self.checkpoint, self.sampled = 0, None, None
         self.window: list[StepStats] = []  # of the steps since the last record
+        self.launched: list[LaunchedStep] = []  # and not yet in the window
         self.times: list[float] = []  # seconds that those of them took that this process has done
         if self.processes.rank:
             seed_process(config.seed, self.processes.rank)
@@ -118,7 +119,7 @@ class Trainer:
         unless it was a signal, a record of the last steps, a sample grid and the loss curve.
 
         Raises:
-            NonFiniteError: the loss, a gradient or a weight is NaN or infinite; nothing of that step is kept.
+            NonFiniteError: the loss, a gradient or a weight is NaN or infinite; no checkpoint has any of that step.
             OSError, ValueError: an image can't be read; a checkpoint of the step before is left.
         """
         config, start = self.config, self.step
@@ -134,12 +135,15 @@ class Trainer:
         ):
             while not (ended_by := self._reason_to_end(stop, deadline)):
                 started = time.perf_counter()
-                self.window.append(self.train_step(*self._next(batches)))
+                self.launched.append(self.launch_step(*self._next(batches)))
+                logs = self.step == 1 or self.step % config.log_every == 0
+                self._collect(all_but=not logs)  # the GPU has the last one to do meanwhile
                 self.times.append(time.perf_counter() - started)
                 seconds += self.times[-1]
-                bar.set_postfix_str(f"loss {self.window[-1].loss:.4f}, {self._speed():.0f} images/s", refresh=False)
+                if self.window:
+                    bar.set_postfix_str(f"loss {self.window[-1].loss:.4f}, {self._speed():.0f} images/s", refresh=False)
                 bar.update()
-                if self.step == 1 or self.step % config.log_every == 0:
+                if logs:
                     self._log(log)
                 if self.step % config.checkpoint_every == 0:
                     self.save()
@@ -157,9 +161,18 @@ class Trainer:
         return TrainResult(self.step, speed, self.checkpoint, ended_by)
 
     def train_step(self, images: Tensor, labels: Tensor) -> StepStats:
+        """`launch_step`, and what it came to.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is NaN or infinite, and with it the weights.
+        """
+        return self._stats(self.launch_step(images, labels))
+
+    def launch_step(self, images: Tensor, labels: Tensor) -> LaunchedStep:
         """One optimizer step on a batch of `data.train`: (N, ...) images and (N,) int64 labels, this process's share.
 
-        Flips, latents, times and noise are drawn for all of them: cutting them into parts does not change them.
+        Flips, latents, times and noise are drawn for all of them: cutting them into parts does not change them. A GPU
+        is not waited for.
         """
         if hasattr(self.model, "set_training_step"):  # a capacity schedule
             self.model.set_training_step(self.step)
@@ -175,25 +188,23 @@ class Trainer:
         grad_norm = get_total_norm(gradients)
         if self.config.grad_clip is not None:  # else a pass over all gradients would multiply them by 1
             clip_grads_with_norm_(self.parameters, self.config.grad_clip, grad_norm)
-        stats = StepStats(*torch.stack([*self.processes.mean(totals), grad_norm]).tolist())
-        if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
-            raise self._non_finite(f"the loss is {stats.loss} and the gradient's norm {stats.grad_norm}", self.step + 1)
+        launched = LaunchedStep(self.step + 1, torch.stack([*self.processes.mean(totals), grad_norm]))
 
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = self.config.learning_rate_of(self.step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.update_routing_state(auxes)
         for ema in self.averages.values():
             ema.update_parameters(self.model)
         self.step += 1
-        return stats
+        return launched
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet.
 
         Raises:
-            NonFiniteError: a weight is NaN or infinite; nothing is written.
+            NonFiniteError: the loss, a gradient or a weight is NaN or infinite; nothing is written.
         """
         if self.checkpoint == checkpoint_path(self.run, self.step):
             return
@@ -207,30 +218,20 @@ class Trainer:
             save_checkpoint(self.run, state, keep=self.config.keep_checkpoints)
 
     def save_samples(self) -> None:
-        """Write a grid of samples of the averaged weights, a column per class, if the first process has not yet."""
+        """Write a grid of samples of the averaged weights, a column per class, if the first process has not yet.
+
+        Raises: as `save` does.
+        """
+        self._collect()  # else a loss that is not finite would be told as that of images
         if self.sampled == self.step or not self.processes.is_first:
             return
         self.sampled = self.step
-        columns = min(self.data.num_classes, GRID_COLUMNS)
-        labels = balanced_labels(columns * self.config.sample_rows, range(columns))
-        config, model = self.config, self.averages["ema"].module
-        samples = sample_images(
-            model,
-            labels,
-            objective=self.objective,
-            method=config.sample_method,
-            steps=config.sample_steps,
-            cfg_scale=config.sample_cfg_scale if model.null_label is not None else 1.0,
-            precision=config.precision,
-        )
-        images = to_images(samples.to(self.device), self.data.autoencoder)
         path = self.run / "samples" / f"step-{self.step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        names = self.data.class_names[:columns] or [str(label) for label in range(columns)]
-        save_grid(path, images, columns, column_labels=names)
+        save_samples(path, self.averages["ema"].module, self.objective, self.config, self.data)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run's future depends on, in tensors and plain values; each process must ask for it."""
+        self._collect()
         rng, *further_rng = self.processes.gather(random_state(self.device))
         return {
             "step": self.step,
@@ -248,6 +249,17 @@ class Trainer:
             "window": [dataclasses.astuple(stats) for stats in self.window],
             "environment": self._environment(),
         }
+
+    def _collect(self, all_but: int = 0) -> None:
+        """Waits for the launched steps' figures, but for those of so many of the last."""
+        while len(self.launched) > all_but:
+            self.window.append(self._stats(self.launched.pop(0)))
+
+    def _stats(self, launched: LaunchedStep) -> StepStats:
+        stats = launched.stats()
+        if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
+            raise self._non_finite(f"the loss is {stats.loss} and the gradient's norm {stats.grad_norm}", launched.step)
+        return stats
 
     def _prepare(self) -> None:
         """Compiles and captures, if that is asked for, once a scheduled capacity, a constant to both, is final."""
@@ -345,10 +357,6 @@ class Trainer:
         if self.step >= self.config.steps:
             return "steps"
         return "time" if late else None
-
-    def _learning_rate(self) -> float:
-        warmup = min(1.0, (self.step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
-        return self.config.learning_rate * warmup
 
     def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """A batch; where an image or a disk fails, in any process, a checkpoint is left before that is raised."""

@@ -89,14 +89,14 @@ def go_on_from_one(run: Path) -> list[str]:
 def stop_one(output: Path, rank: int) -> str:
     """A signal that reaches the second process alone."""
     trainer = Trainer(tiny(output / "stopped", steps=100))
-    take_step = trainer.train_step
+    launch = trainer.launch_step
 
     def step_and_signal(*batch: Tensor) -> Any:
         if rank == 1 and trainer.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(*batch)
+        return launch(*batch)
 
-    trainer.train_step = step_and_signal
+    trainer.launch_step = step_and_signal
     result = trainer.fit()
     return f"{result.ended_by} {result.step}"
 

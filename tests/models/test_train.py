@@ -291,7 +291,7 @@ def test_a_capacity_under_one_token_is_told_before_the_run_is_made(tmp_path):
 
 def test_the_last_grid_is_drawn_once(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("models.training.trainer.save_grid", lambda path, *_, **__: drawn.append(path.name))
+    monkeypatch.setattr("models.training.trainer.save_samples", lambda path, *_: drawn.append(path.name))
     Trainer(tiny(tmp_path / "run", steps=4, sample_every=2)).fit()
     assert drawn == ["step-00000002.png", "step-00000004.png"]
 
@@ -331,7 +331,7 @@ def test_sample_grids_are_drawn_in_the_precision_of_the_run(tmp_path, monkeypatc
         drawn.append(precision)
         return sample_images(model, labels, precision=precision, **options)
 
-    monkeypatch.setattr("models.training.trainer.sample_images", sample)
+    monkeypatch.setattr("models.training.samples.sample_images", sample)
     for precision in ("float32", "bfloat16"):
         Trainer(tiny(tmp_path / precision, precision=precision)).save_samples()
     assert drawn == ["float32", "bfloat16"]

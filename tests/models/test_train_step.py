@@ -12,8 +12,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import create_model
+from models.training.checkpoints import list_checkpoints
 from models.training.config import TrainConfig
 from models.training.logs import read_metrics
+from models.training.outcome import LaunchedStep, NonFiniteError
 from models.training.state import MovingAverage
 from models.training.trainer import Trainer
 from tests.models.runs import one_thread, tiny
@@ -81,6 +83,31 @@ def test_gradients_are_multiplied_only_where_they_are_clipped(grad_clip, passes,
     with Calls() as calls:
         stats = trainer.train_step(*next(batches))
     assert calls.count[torch.ops.aten._foreach_mul_.Tensor] == passes and stats.grad_norm > 0.5
+
+
+@pytest.mark.parametrize(
+    ("every", "read_at"),
+    [({}, [1, 3, 4, 5, 6, 6]), ({"log_every": 4}, [1, 3, 4, 4, 6, 6]), ({"checkpoint_every": 3}, [1, 3, 3, 5, 6, 6])],
+)
+def test_a_step_is_launched_before_the_figures_of_the_last_are_read(every, read_at, tmp_path, monkeypatch):
+    """So that a GPU has work meanwhile; records and checkpoints have the figures of their own step."""
+    read, stats = {}, LaunchedStep.stats
+    monkeypatch.setattr(LaunchedStep, "stats", lambda self: read.update({self.step: trainer.step}) or stats(self))
+    trainer = Trainer(tiny(tmp_path / "run", steps=6, **{"log_every": 100, **every}))
+    trainer.fit()
+    assert [read[step] for step in range(1, 7)] == read_at
+    assert not trainer.launched and [record["step"] for record in read_metrics(trainer.run)][-1] == 6
+
+
+@pytest.mark.parametrize("every", ["sample_every", "checkpoint_every", "log_every"])
+def test_a_loss_that_is_not_finite_is_told_as_such(every, tmp_path):
+    """Before the samples, a checkpoint or a record of a step, though it is read after the next one's launch."""
+    rates = {"warmup_steps": 0, "learning_rate": 1e30, "grad_clip": None}
+    trainer = Trainer(tiny(tmp_path / "run", steps=8, **{"log_every": 100, every: 2}, **rates))
+    with pytest.raises(NonFiniteError, match="step 2: the loss is .* there is no checkpoint yet"):
+        trainer.fit()
+    assert not (trainer.run / "samples").exists() and not list_checkpoints(trainer.run)
+    assert [record["step"] for record in read_metrics(trainer.run)] == [1]
 
 
 @pytest.mark.parametrize("name", ["DSMoE-digits", "DiffMoE-digits"])
