@@ -77,7 +77,7 @@ class ParityConfig:
     ema_decay: float | None = _by_data("ema_decay", "decay of the averaged weights, which samples come from")
     checkpoint_every: int | None = _by_data("checkpoint_every", "steps between checkpoints of a run")
     precision: Precision | None = _by_data("precision", "tf32 allows a GPU that, bfloat16 is autocast")
-    compile: bool = option(False, "train with torch.compile")
+    compile: bool = option(False, "train and sample with torch.compile")
     cuda_graph: bool = option(False, "on a GPU: train from CUDA graphs, see models.train")
     num_samples: int | None = _by_data("num_samples", "samples of each run, as many of each class")
     sample_method: Method | None = option(None, "sampler; euler for the digits, else the objective's usual one")
@@ -188,6 +188,7 @@ def make_run(config: ParityConfig, model: str, seed: int) -> Run:
         cfg_scale=config.cfg_scale,
         seed=seed,
         precision=config.precision,
+        compile=config.compile,
         device=config.device,
     )
     return Run(train, sample)

@@ -22,7 +22,14 @@ from models.options import build_config, config_parser, option, require
 from models.precision import Precision, experts_cast_once
 from models.progress import progress_bar
 from models.sampling import balanced_labels, check_decodable, sample_batches, to_images
-from models.training.loading import TrainedModel, Weights, load_published, load_trained, pick_device
+from models.training.loading import (
+    TrainedModel,
+    Weights,
+    compile_blocks,
+    load_published,
+    load_trained,
+    pick_device,
+)
 from models.training.processes import Processes, process_group
 
 GRID_COLUMNS, GRID_ROWS = 10, 10  # shown at most
@@ -57,6 +64,7 @@ class SamplerConfig:
     precision: Precision = option(
         "float32", "tf32 allows a GPU that, bfloat16 runs the model under autocast, with the experts cast once"
     )
+    compile: bool = option(False, "compile the model's blocks, for many samples")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
 
     def __post_init__(self) -> None:
@@ -80,9 +88,13 @@ class SamplerConfig:
         device, options = pick_device(self.device), self.objective_options
         if self.official is None:
             weights = self.weights or "ema"
-            return load_trained(self.checkpoint, weights=weights, name=name, objective_options=options, device=device)
-        model = load_published(self.checkpoint, Path(self.official), weights=self.weights)
-        return TrainedModel(model.to(device), objective_for(model, self.objective or "auto", **options), None)
+            found = load_trained(self.checkpoint, weights=weights, name=name, objective_options=options, device=device)
+        else:
+            model = load_published(self.checkpoint, Path(self.official), weights=self.weights).to(device)
+            found = TrainedModel(model, objective_for(model, self.objective or "auto", **options), None)
+        if self.compile:
+            compile_blocks(found.model)
+        return found
 
     def draw(self, trained: TrainedModel, labels: Tensor, *, first: int = 0, **changes: Any) -> Iterator[Tensor]:
         """`sample_batches` of a model by these options, but for `changes`."""

@@ -47,6 +47,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles a model block by block, for each size of batch: those of one kind share that, a whole takes minutes."""
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
 def model_overrides(options: dict[str, Any], data: DataSplits) -> dict[str, Any]:
     """`options` for `create_model`, with image size, channels and classes taken from the data.
 

@@ -27,6 +27,7 @@ from models.training.interrupt import StopOnSignal
 from models.training.loading import (
     check_forward,
     check_model_config,
+    compile_blocks,
     load_weights,
     model_overrides,
     pick_device,
@@ -270,8 +271,7 @@ class Trainer:
         if self.config.compile:
             if self.processes.count > 1:  # else cut further, to exchange gradients within a block
                 torch._dynamo.config.optimize_ddp = False
-            for block in self.model.blocks:  # those of one kind share a compilation; a whole model's takes minutes
-                block.compile()
+            compile_blocks(self.model)
         if self.config.cuda_graph:
             self.gradients = Captured(self.gradients, self.parameters)
 

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from models import create_model
 from models.data import iterate_images, load_samples, sample_files
@@ -57,6 +58,22 @@ def sample(run, output, *arguments) -> dict[str, np.ndarray]:
     assert main(words) == 0
     with np.load(output / "samples.npz") as archive:
         return dict(archive)
+
+
+def test_compiled_blocks_sample_the_same(run, tmp_path, monkeypatch):
+    """But for rounding; the last batch is of another size."""
+    compiled, compile = [], nn.Module.compile
+
+    def note(self, dynamic):
+        compiled.append(dynamic)
+        compile(self, backend="aot_eager", dynamic=dynamic)
+
+    monkeypatch.setattr(nn.Module, "compile", note)
+    arguments = "--num-samples", "7", "--batch-size", "4"
+    plain, found = (sample(run, tmp_path / name, *arguments, f"--{name}compile") for name in ("no-", ""))
+    assert compiled == [False, False]  # of two blocks
+    assert np.abs(plain["arr_0"].astype(int) - found["arr_0"]).max() <= 1
+    assert np.array_equal(plain["labels"], found["labels"])
 
 
 def test_files_hold_balanced_samples(run, tmp_path, capsys):

@@ -47,7 +47,12 @@ def test_the_trainer_follows_a_capacity_schedule(tmp_path, monkeypatch):
 def test_blocks_are_compiled_one_by_one(tmp_path, monkeypatch):
     """As they are timed; what is saved, copied and averaged knows nothing of it."""
     compiled, compile = [], nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self) or compile(self, backend="aot_eager"))
+
+    def note(self, dynamic):
+        compiled.append(self)
+        compile(self, backend="aot_eager", dynamic=dynamic)
+
+    monkeypatch.setattr(nn.Module, "compile", note)
     trainer = Trainer(tiny(tmp_path / "run", steps=2, compile=True))
     assert compiled == list(trainer.model.blocks)
     trainer.fit()
@@ -135,7 +140,7 @@ def test_a_moving_average_is_the_library_s(name):
 def test_blocks_are_compiled_once_their_capacity_is_final(tmp_path, monkeypatch):
     """Else each step of a schedule would be compiled anew, up to torch.compile's limit."""
     compiled_at: list[int] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled_at.append(trainer.step))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled_at.append(trainer.step))
     sizes = {"hidden_size": 16, "depth": 2, "num_heads": 2, "capacity_schedule": [1, 3]}
     config = TrainConfig("DiffMoE-digits", output=str(tmp_path / "run"), model_options=sizes, steps=5, compile=True)
     trainer = Trainer(config)
