@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from diffmoe_kernels.measured import experts_class, fastest
 from diffmoe_kernels.ops.experts import _torch
 from diffmoe_kernels.ops.experts.reference import experts_reference
 from diffmoe_kernels.ops.grouped_gemm._torch import syncs_with_host
+from diffmoe_kernels.ops.grouped_gemm._traced import traceable_reference
 from diffmoe_kernels.routing import Routing, check_routing
 from diffmoe_kernels.triton_support import HAS_TRITON
 
@@ -109,11 +111,9 @@ def _grouped_mm_is_unsuitable(x: Tensor, *args: Any, **options: Any) -> bool:
 
 _IMPLEMENTATIONS = {
     "torch": Implementation(_torch.experts_torch, _torch.why_not),
-    "reference": Implementation(experts_reference),
+    "reference": Implementation(partial(experts_reference, gemm=traceable_reference)),
 }
 if HAS_TRITON:
-    from functools import partial
-
     from diffmoe_kernels.ops.experts import _library
 
     _IMPLEMENTATIONS = {

@@ -20,15 +20,15 @@ from diffmoe_kernels.ops.grouped_gemm._torch import (
     padded_rows,
     pads_groups,
     why_not_sizes,
-    why_not_traced,
 )
+from diffmoe_kernels.ops.grouped_gemm._traced import traceable_reference
 from diffmoe_kernels.routing import Routing
 from diffmoe_kernels.triton_support import HAS_TRITON
 
 
 def experts_torch(x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor, **options: Any) -> Tensor:
     if routing.num_rows == 0:  # there is no product to make
-        return experts_reference(x, routing, up_proj, down_proj, **options)
+        return experts_reference(x, routing, up_proj, down_proj, gemm=traceable_reference, **options)
     if takes_kernels(x, routing, up_proj, down_proj, **options):
         from diffmoe_kernels.ops.experts._library import experts_on_kernels
 
@@ -80,5 +80,4 @@ def takes_kernels(x: Tensor, *args: Any, **options: Any) -> bool:
 
 
 def why_not(x: Tensor, routing: Routing, up_proj: Tensor, down_proj: Tensor, **options: Any) -> str | None:
-    traced = None if takes_kernels(x, routing, up_proj, down_proj, **options) else why_not_traced(x)
-    return traced or why_not_sizes(x, max(routing.num_rows, 1), *up_proj.shape[1:], *down_proj.shape[1:])
+    return why_not_sizes(x, max(routing.num_rows, 1), *up_proj.shape[1:], *down_proj.shape[1:])

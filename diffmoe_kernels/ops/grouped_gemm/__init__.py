@@ -9,7 +9,7 @@ from diffmoe_kernels.backend import Backend, Implementation, run
 from diffmoe_kernels.checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
 from diffmoe_kernels.measured import experts_class, fastest
 from diffmoe_kernels.ops.grouped_gemm import _torch
-from diffmoe_kernels.ops.grouped_gemm.reference import grouped_gemm_reference
+from diffmoe_kernels.ops.grouped_gemm._traced import traceable_reference
 from diffmoe_kernels.triton_support import HAS_TRITON
 
 
@@ -92,7 +92,7 @@ def _grouped_mm_is_unsuitable(x: Tensor, *args: Tensor | None) -> bool:
 
 _IMPLEMENTATIONS = {
     "torch": Implementation(_torch.grouped_gemm_torch, _torch.why_not),
-    "reference": Implementation(grouped_gemm_reference),
+    "reference": Implementation(traceable_reference),
 }
 if HAS_TRITON:
     from diffmoe_kernels.ops.grouped_gemm import _library

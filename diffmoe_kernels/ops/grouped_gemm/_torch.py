@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe_kernels.measured import capability_of
+from diffmoe_kernels.ops.grouped_gemm._traced import has_no_values, products
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FEWEST_ROWS = 16  # below it a CPU's matrix product takes another routine, whose rounding is another
@@ -15,6 +16,8 @@ _DIVIDED = {(2, 3): (0, None), (2, 2): (1, 0), (3, 2): (None, 1), (3, 3): (None,
 
 def grouped_gemm_torch(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> Tensor:
     dim_x, dim_w = _DIVIDED[x.dim(), w.dim()]
+    if offs is not None and not traces(x):
+        return products(x, w, offs, bias, False)
     # grouped_mm's input gradients are uninitialised where no group reaches: the masks stop them here.
     x, w = _reached(x, offs, dim_x), _reached(w, offs, dim_w)
     if (x.dim(), w.dim()) == (2, 3):
@@ -22,6 +25,8 @@ def grouped_gemm_torch(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor |
     if (x.dim(), w.dim()) == (3, 2):
         # Transposed: in columns of its result, too, grouped_mm asserts that groups begin at whole 16 bytes.
         return multiply_rows(w.mT, x.mT, offs, None).mT
+    if offs is None and not traces(x):
+        return torch.bmm(x, w)
     return _AlignedGradient.apply(F.grouped_mm(_aligned(x, dim_x), _aligned(w, dim_w), offs=offs), None)
 
 
@@ -37,6 +42,8 @@ def multiply_rows(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Te
 def multiply_groups(x: Tensor, w: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
     """The same with anything past the last group, which gets no bias and gives it no gradient."""
     offs = offs.int()  # a record may have others
+    if not traces(x):
+        return products(x, w, offs, bias, False)
     if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
         # It looks at gradients past the last group, too, which nothing writes and nothing reads.
         offs = torch.cat([offs[:-1], offs.new_tensor([x.shape[0]])])
@@ -78,14 +85,12 @@ def pad_groups(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 def why_not(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> str | None:
     sizes = [size for dim, size in enumerate(x.shape[-2:]) if dim != _DIVIDED[x.dim(), w.dim()][0]]
     sizes += [size for dim, size in enumerate(w.shape[-2:]) if dim != _DIVIDED[x.dim(), w.dim()][1]]
-    return why_not_traced(x) or why_not_sizes(x, min(x.numel(), w.numel()), *sizes)
+    return why_not_sizes(x, min(x.numel(), w.numel()), *sizes)
 
 
-def why_not_traced(x: Tensor) -> str | None:
-    """Why grouped_mm can't be traced for x's dtype, or None."""
-    if (torch.compiler.is_compiling() or x.is_meta) and x.dtype != torch.bfloat16:
-        return "under torch.compile and on the meta device grouped_mm takes bfloat16 only"
-    return None
+def traces(x: Tensor) -> bool:
+    """Whether PyTorch can trace grouped_mm for x, if it has to."""
+    return x.dtype == torch.bfloat16 or not has_no_values(x)
 
 
 def why_not_sizes(x: Tensor, rows: int, *sizes: int) -> str | None:
