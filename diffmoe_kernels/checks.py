@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -17,16 +18,22 @@ _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 def check_integer(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` is a tensor of integers (bool does not count)."""
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raises TypeError for anything else."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
 def check_floating(name: str, tensor: Tensor | None, *, optional: bool = False) -> None:
     """Raises TypeError unless ``tensor`` is a tensor of floating-point numbers, or ``optional`` and None."""
     if optional and tensor is None:
         return
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
 
@@ -35,7 +42,7 @@ def check_shape(name: str, tensor: Tensor | None, *shape: int | str) -> None:
     """Raises ValueError unless ``tensor`` has ``shape``; a string is a free size, named for the message."""
     if tensor is None:
         return
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     found = tensor.shape
     fits = len(found) == len(shape)
     for want, got in zip(shape, found, strict=False):
@@ -44,11 +51,6 @@ def check_shape(name: str, tensor: Tensor | None, *shape: int | str) -> None:
     if not fits:
         expected = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
-
-
-def _check_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
 def check_whole(**counts: int) -> None:
@@ -66,8 +68,31 @@ def check_sizes(least: int, **sizes: int) -> None:
             raise ValueError(f"{name}: expected at least {least}, got {size}")
 
 
+def check_finite(**numbers: float) -> None:
+    """Raises TypeError for what is no number, ValueError for an infinity or NaN."""
+    _check_number(**numbers)
+    for name, number in numbers.items():
+        if not -math.inf < number < math.inf:
+            raise ValueError(f"{name}: expected a finite number, got {number}")
+
+
+def _check_number(**numbers: object) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int | float | torch.SymInt | torch.SymFloat | np.integer | np.floating):
+            raise TypeError(f"{name}: expected a number, got {number!r}")
+
+
+def check_factor(**factors: float) -> None:
+    """Raises TypeError for what is no number, ValueError for what is not finite and above 0."""
+    _check_number(**factors)
+    for name, factor in factors.items():
+        if not 0 < factor < math.inf:
+            raise ValueError(f"{name}: expected a finite number above 0, got {factor}")
+
+
 def check_dropout(dropout: float) -> None:
-    """Raises ValueError unless it is a probability below 1."""
+    """Raises TypeError for what is no number, ValueError unless it is a probability below 1."""
+    _check_number(dropout=dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 

@@ -149,6 +149,8 @@ class Routing:
         """
         check_integer("token_indices", token_indices)
         check_floating("gates", gates)
+        if expert_counts is not None:
+            check_integer("expert_counts", expert_counts)
         check_same_device(token_indices=token_indices, gates=gates, expert_counts=expert_counts)
         if token_indices.dim() != 2 or token_indices.shape != gates.shape:
             raise ValueError(
@@ -160,7 +162,6 @@ class Routing:
         num_rows = num_experts * capacity
         if expert_counts is None:
             expert_counts = torch.full((num_experts,), capacity, device=token_indices.device)
-        check_integer("expert_counts", expert_counts)
         check_shape("expert_counts", expert_counts, num_experts)
         group_offsets = expert_counts.long().cumsum(0)
         places = _arange(num_rows, group_offsets)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ExpertChoiceAux, ExpertChoiceMoE, MoE, MoEAux, RoPEAttention
 from diffmoe_kernels.backend import Backend
-from diffmoe_kernels.checks import as_records, check_floating, check_integer, check_shape
+from diffmoe_kernels.checks import as_records, check_floating, check_integer, check_shape, check_tensor
 from diffmoe_kernels.modules import ExpertChoiceRouter, Experts, FeedForward, TopKRouter
 from diffmoe_kernels.routing import register_record
 from models.layers import (
@@ -319,9 +319,12 @@ class DiT(nn.Module):
 
         Raises:
             TypeError: another object than a `ModelAux` or a sequence of them.
-            ValueError: no record at all.
+            ValueError: no record at all, or one of a model of another shape.
         """
         records = as_records(aux, ModelAux)
+        for record in records:
+            if len(record.layers) != len(self.blocks):
+                raise ValueError(f"aux: expected records of {len(self.blocks)} blocks, got {len(record.layers)}")
         for index, block in enumerate(self.blocks):
             layer_records = [record.layers[index] for record in records]
             if layer_records[0] is not None:
@@ -332,6 +335,7 @@ class DiT(nn.Module):
         check_shape("x", x, "B", self.in_channels, self.input_size, self.input_size)
         if x.shape[0] == 0:
             raise ValueError("x: expected at least one sample, got an empty batch")
+        check_tensor("t", t)
         check_shape("t", t, x.shape[0])
         check_integer("labels", labels)
         check_shape("labels", labels, x.shape[0])

@@ -31,6 +31,13 @@ _DIT_FIELDS = (
     *("class_dropout_prob", "num_classes", "learn_sigma"),
 )
 
+# By our fields, whose names the messages of models have.
+_OFFICIAL_NAMES = {ours: official for official, ours in _DSMOE_FIELDS.items()} | {
+    **{"rope": "rope_type", "norm": "norm_type", "capacity_factor": "capacity", "expert_dropout": "proj_drop"},
+    **{"bottleneck_size": "bottleneck_dim", "num_context_tokens": "in_context_len"},
+    **{"context_start": "in_context_start", "num_dense_blocks": "skip_first2"},
+}
+
 
 def build_official(target: str, params: Mapping[str, Any]) -> DiT:
     """Builds the model of an official YAML file, with the official behaviour as the default.
@@ -43,12 +50,19 @@ def build_official(target: str, params: Mapping[str, Any]) -> DiT:
 
     Raises:
         ValueError: an unknown target or parameter (the nearest is named), a required one that is missing, one that is
-            refused, or values that do not fit each other.
+            refused, or values of another type or that do not fit each other; by the official names.
     """
     if target not in _TARGETS:
-        raise ValueError(f"target: expected one of {', '.join(_TARGETS)}, got {target!r}{_hint(target, _TARGETS)}")
-    config = _TARGETS[target](dict(params))
-    return model_class(config)(config)
+        raise ValueError(f"target: expected one of {', '.join(_TARGETS)}, got {target!r}{_hint(str(target), _TARGETS)}")
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params: expected the mapping under the YAML's target, got {params!r}")
+    try:
+        config = _TARGETS[target](dict(params))
+        return model_class(config)(config)
+    except (TypeError, ValueError) as error:
+        field, colon, what = str(error).partition(":")
+        names = {**_OFFICIAL_NAMES, "top_k": "capacity"} if target == "models.models_TCDiT.DiT" else _OFFICIAL_NAMES
+        raise ValueError(f"{names.get(field, field)}{colon}{what}") from error
 
 
 def _dit_config(params: dict[str, Any]) -> DiTConfig:
@@ -58,7 +72,7 @@ def _dit_config(params: dict[str, Any]) -> DiTConfig:
 def _dsmoe_config(params: dict[str, Any]) -> DSMoEConfig:
     fields = _take_dit_fields(params)
     mixture, moe = _take_mixture(params, _DSMOE_FIELDS)
-    dense = moe.pop("skip_first2", False)  # a flag that means two blocks, or a number of blocks
+    dense = moe.pop("skip_first2", None) or False  # a flag that means two blocks, or a number of blocks
     if not isinstance(dense, int):
         raise ValueError(f"MoE_config.skip_first2: expected a flag or a number of blocks, got {dense!r}")
     shared = moe.pop("use_shared_expert", True)

@@ -109,7 +109,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         options = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold options as 'name: value' lines, got {type(options).__name__}")

@@ -177,6 +177,7 @@ def test_from_topk_rejects(error, message, build):
         (ValueError, r"one shape \(E, C\), got \(8,\) and \(8,\)", (IDS.flatten(), WEIGHTS.flatten(), 3)),
         (ValueError, r"expert_counts: expected shape \(4,\), got \(2,\)", (IDS, WEIGHTS, 3, IDS[0])),
         (TypeError, "expert_counts: expected an integer dtype, got torch.float32", (IDS, WEIGHTS, 3, WEIGHTS[:, 0])),
+        (TypeError, "expert_counts: expected a tensor, got list", (IDS, WEIGHTS, 3, [1, 2])),
         (TypeError, "num_tokens: expected an integer, got 3.0", (IDS, WEIGHTS, 3.0)),
         (ValueError, "num_tokens: expected at least 0, got -1", (IDS, WEIGHTS, -1)),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.checks import check_choice, check_shape, check_sizes
+from diffmoe_kernels.checks import check_choice, check_floating, check_shape, check_sizes
 from diffmoe_kernels.modules.buffers import reset_tables_after_load
 from diffmoe_kernels.modules.linear import Linear, side_by_side
 from diffmoe_kernels.ops.rope_attention import QK_NORMS, check_rope
@@ -105,8 +105,10 @@ class RoPEAttention(nn.Module):
         """(B, N, D) -> (B, N, D).
 
         Raises:
+            TypeError: x is no floating tensor.
             ValueError: another last dimension than D, or a number of tokens that is not the grid's.
         """
+        check_floating("x", x)
         check_shape("x", x, "B", "N", self.hidden_size)
         cos, sin = self._tables(x)
         norms = {}

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.checks import as_records, at_least_float32, check_choice, check_sizes
+from diffmoe_kernels.checks import (
+    as_records,
+    at_least_float32,
+    check_choice,
+    check_factor,
+    check_finite,
+    check_shape,
+    check_sizes,
+)
 from diffmoe_kernels.modules.buffers import Float32Buffers
 from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_capacity, tokens_and_residual
 from diffmoe_kernels.modules.linear import Linear
@@ -103,9 +111,10 @@ class ExpertChoiceMoE(Float32Buffers):
         super().__init__()
         check_sizes(1, hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts)
         check_sizes(0, shared_intermediate_size=shared_intermediate_size)
-        for name, factor in (("capacity_factor", capacity_factor), ("max_capacity_factor", max_capacity_factor)):
-            if factor is not None and not 0 < factor < math.inf:
-                raise ValueError(f"{name}: expected a finite number above 0, got {factor}")
+        check_factor(capacity_factor=capacity_factor)
+        if max_capacity_factor is not None:
+            check_factor(max_capacity_factor=max_capacity_factor)
+        check_finite(threshold_decay=threshold_decay)
         if not 0 <= threshold_decay < 1:
             raise ValueError(f"threshold_decay: expected a number in [0, 1), got {threshold_decay}")
         check_choice("pool", pool, POOLS)
@@ -188,9 +197,11 @@ class ExpertChoiceMoE(Float32Buffers):
 
         Raises:
             TypeError: another object than a record of this layer's kind or a sequence of them.
-            ValueError: no record, or one of a forward in evaluation mode.
+            ValueError: no record, one of a forward in evaluation mode, or of a layer with another number of experts.
         """
         records = as_records(aux, ExpertChoiceAux)
+        for record in records:
+            check_shape("aux.expert_load", record.expert_load, self.num_experts)
         if self.capacity_predictor is None:
             return
         if any(record.capacity_quantile is None for record in records):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
-from diffmoe_kernels.checks import as_records, at_least_float32, check_sizes
+from diffmoe_kernels.checks import as_records, at_least_float32, check_factor, check_finite, check_shape, check_sizes
 from diffmoe_kernels.modules.feed_forward import Experts, FeedForward, expert_capacity, tokens_and_residual
 from diffmoe_kernels.modules.router import TopKRouter
 from diffmoe_kernels.routing import Routing, register_record
@@ -34,6 +34,7 @@ class Balance:
 
     def __post_init__(self) -> None:
         for name in ("bias_rate", "loss_weight"):
+            check_finite(**{name: getattr(self, name)})
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
 
@@ -127,8 +128,8 @@ class MoE(nn.Module):
         super().__init__()
         check_sizes(1, hidden_size=hidden_size, intermediate_size=intermediate_size)
         check_sizes(0, shared_intermediate_size=shared_intermediate_size)
-        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor: expected None or a finite number above 0, got {capacity_factor}")
+        if capacity_factor is not None:
+            check_factor(capacity_factor=capacity_factor)
         self.hidden_size = hidden_size
         self.capacity_factor = capacity_factor
         self.balance = Balance.of(balance)
@@ -187,9 +188,11 @@ class MoE(nn.Module):
 
         Raises:
             TypeError: another object than a record of this layer's kind or a sequence of them.
-            ValueError: no record at all.
+            ValueError: no record at all, or one of a layer with another number of experts.
         """
         records = as_records(aux, MoEAux)
+        for record in records:
+            check_shape("aux.expert_load", record.expert_load, self.router.num_experts)
         if not self.balance.bias_rate:
             return
         load = torch.stack([record.expert_load for record in records]).sum(0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffmoe_kernels import ops
 from diffmoe_kernels.backend import Backend, check_backend
+from diffmoe_kernels.checks import check_finite
 from diffmoe_kernels.modules.buffers import Float32Buffers
 from diffmoe_kernels.modules.linear import float32_linear
 from diffmoe_kernels.ops.router_topk import check_router
@@ -39,6 +40,7 @@ class TopKRouter(Float32Buffers):
     ) -> None:
         super().__init__()
         check_router(num_experts, top_k, score_function, num_groups, top_groups, masked_group_fill)
+        check_finite(scaling_factor=scaling_factor)
         self.num_experts = num_experts
         self.top_k = top_k
         self.score_function = score_function

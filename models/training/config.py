@@ -119,9 +119,10 @@ class TrainConfig:
             was = saved.get(spec.name, default_of(spec))  # what a run had before there was the option
             allowed = spec.metadata["change_on_resume"]
             if was != now and (not allowed or exactly and allowed == "warn"):
+                unsaved = f", or remove {source}: that run has no checkpoint yet" if source.suffix == ".yaml" else ""
                 raise ValueError(
-                    f"{spec.name} is {now!r}, but {source} was written by a run with {was!r}: "
-                    f"leave --{flag(spec.name)} out to resume that run, or start a new one with another --output"
+                    f"{spec.name} is {now!r}, but {source} was written by a run with {was!r}: leave "
+                    f"--{flag(spec.name)} out to resume that run, or start a new one with another --output{unsaved}"
                 )
 
     def changes_since(self, saved: dict[str, Any]) -> list[str]:

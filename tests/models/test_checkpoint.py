@@ -216,6 +216,7 @@ def test_ignored_keys_and_options() -> None:
     assert model.config == reference.config
     assert build(MoE_config={"skip_first2": True}).config.num_dense_blocks == 2
     assert build(MoE_config={"skip_first2": 3}).config.num_dense_blocks == 3
+    assert build(MoE_config={"skip_first2": None}).config.num_dense_blocks == 0  # neither a flag nor a number
     assert build(enable_gqa=True).config.num_kv_heads == 2
     assert build(norm_type="rmsnorm").blocks[0].norm1.weight.shape == (48,)
     assert build(rope_type="none").pos_embed.shape == (1, 16, 48)
@@ -255,11 +256,31 @@ def test_dense_dit_defaults_are_xl() -> None:
             "n_groups: unknown parameter; did you mean 'n_group'",
         ),
         (DSMOE, {"MoE_config": PARAMS["MoE_config"] | {"init_MoeMLP": True}}, "init_MoeMLP: expected False"),
+        (DSMOE, {"MoE_config": PARAMS["MoE_config"] | {"n_group": 3}}, "^n_group: expected a divisor"),
+        (
+            DSMOE,
+            {"MoE_config": PARAMS["MoE_config"] | {"num_experts_per_tok": 99}},
+            "^num_experts_per_tok: expected 1 to",
+        ),
+        (DSMOE, {"norm_type": "bn"}, "^norm_type: expected one of"),
+        (DSMOE, {"num_classes": "10"}, "^num_classes: expected int, got '10'"),
+        (None, {}, "^target: expected one of .*, got None$"),
     ],
 )
 def test_bad_official_configurations(target, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         build_official(target, PARAMS | changes)
+    for params in (None, [1]):
+        with pytest.raises(ValueError, match="params: expected the mapping|target: expected one of"):
+            build_official(target, params)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("TC", "int"), ("EC", "float"), ("Diff", "float")])
+def test_a_capacity_that_is_none(family, kind) -> None:
+    target = f"models.models_{family}{'MoE' if family == 'Diff' else 'DiT'}.DiT"
+    moe = {"num_experts": 4, "capacity": None, "interleave": True}
+    with pytest.raises(ValueError, match=f"^capacity: expected {kind}, got None"):
+        build_official(target, {"MoE_config": moe})
 
 
 def test_a_compiled_model_loads_and_saves() -> None:
@@ -318,7 +339,7 @@ def test_jit_odd_cases() -> None:
     plain = build_official("model_jit.JiT", JIT | {"moe_config": JIT["moe_config"] | {"interleave": False}})
     assert plain.config == dense.config, "officially all blocks are dense without interleaving"
     for change, message in (
-        ({"in_context_start": 4}, "context_start: expected a block, 0 to 3, got 4"),
+        ({"in_context_start": 4}, "^in_context_start: expected a block, 0 to 3, got 4"),
         ({"proj_drop": 0.1}, "proj_drop: expected 0"),
         ({"bottleneck": 3}, "bottleneck: unknown parameter; did you mean 'bottleneck_dim'"),
     ):

@@ -203,6 +203,16 @@ def test_what_is_no_record_is_refused(name) -> None:
     for wrong, told in ((None, "NoneType"), ([None], "NoneType"), ([{}, 3], "dict, int")):
         with pytest.raises(TypeError, match=f"aux: expected ModelAux, or a sequence of them, got {told}"):
             model.update_routing_state(wrong)
+    for depth in (2, 8):
+        _, aux = (other := create_model(name, depth=depth))(*random_inputs(other), return_aux=True)
+        with pytest.raises(ValueError, match=f"aux: expected records of 6 blocks, got {depth}"):
+            model.update_routing_state(aux)
+    x, t, labels = random_inputs(model)
+    for number, named in enumerate(("x", "t", "labels")):
+        inputs = [x, t, labels]
+        inputs[number] = None
+        with pytest.raises(TypeError, match=f"^{named}: expected a tensor, got NoneType"):
+            model(*inputs)
 
 
 def test_bfloat16_model_and_autocast_run() -> None:

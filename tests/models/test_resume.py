@@ -237,6 +237,18 @@ def test_a_run_goes_on_after_a_loss_that_is_not_finite(tmp_path, checkpoint):
     assert trainer.optimizer.param_groups[0]["lr"] == 1e-4 and moved < 1e-2, "of a rate of 1e30 nothing is left"
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_may_be_corrected(tmp_path, capsys, monkeypatch):
+    arguments = ["--output", str(tmp_path), "--steps", "1", "--batch-size", "4", "--sample-steps", "1"]
+    with monkeypatch.context() as failing:
+        failing.setattr(Trainer, "launch_step", lambda *_: (_ for _ in ()).throw(NotImplementedError("no such kernel")))
+        assert main(arguments) == 1
+    assert main([*arguments, "--resume", "--model-options", "{depth: 2}"]) == 2
+    assert f", or remove {tmp_path / 'config.yaml'}: that run has no checkpoint yet" in capsys.readouterr().err
+    (tmp_path / "config.yaml").unlink()
+    assert main([*arguments, "--model-options", "{depth: 2}"]) == 0
+    assert load_newest(tmp_path)[1]["model_overrides"]["depth"] == 2
+
+
 def test_a_lower_learning_rate_warms_up_too(tmp_path):
     Trainer(tiny(tmp_path, steps=2, warmup_steps=8)).fit()
     with pytest.warns(UserWarning, match="learning_rate 0.001 -> 0.0001"):

@@ -345,6 +345,12 @@ def test_construction_rejects(message, options):
 
 
 def test_forward_rejects():
+    for wrong, told in (
+        (None, "tensor, got NoneType"),
+        (torch.zeros(2, 16, 32).int(), "floating dtype, got torch.int"),
+    ):
+        with pytest.raises(TypeError, match=f"x: expected a {told}"):
+            make()(wrong)
     with pytest.raises(ValueError, match=r"x: expected shape \(B, N, 32\), got \(2, 16, 8\)"):
         make()(torch.zeros(2, 16, 8))
     with pytest.raises(ValueError, match=r"x: expected 16 tokens for grid_size \(4, 4\) after 2 prefix tokens, got 14"):

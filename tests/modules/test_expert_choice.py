@@ -325,6 +325,20 @@ def test_construction_rejects(message, options):
         make(**options)
 
 
+@pytest.mark.parametrize("options", [{"capacity_factor": None}, {"max_capacity_factor": "2"}, {"threshold_decay": "1"}])
+def test_construction_rejects_what_is_no_number(options):
+    ((name, value),) = options.items()
+    with pytest.raises(TypeError, match=f"^{name}: expected a number, got {value!r}"):
+        make(**options)
+
+
+def test_a_record_of_another_layer_is_refused():
+    layer, other = make(), ExpertChoiceMoE(8, 8, 1)  # whose one threshold would be everyone's
+    with pytest.raises(ValueError, match=r"aux.expert_load: expected shape \(4,\), got \(1,\)"):
+        layer.update_routing_state(other(torch.randn(6, 8), return_aux=True)[1])
+    assert not layer.expert_threshold.any()
+
+
 def test_forward_rejects():
     layer = make()
     with pytest.raises(ValueError, match=r"x: expected shape \(\.\.\., T, 8\), got \(3, 7\)"):

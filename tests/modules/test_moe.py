@@ -317,17 +317,32 @@ def test_feed_forward_is_two_linear_layers():
         ("1 of 3 groups hold 2 experts, fewer than top_k = 3", {"num_groups": 3, "top_k": 3}),
         ("activation: expected one of 'swiglu', .* got 'relu'", {"activation": "relu"}),
         ("score_function: expected one of .* got 'tanh'", {"score_function": "tanh"}),
-        ("capacity_factor: expected None or a finite number above 0, got 0", {"capacity_factor": 0}),
+        ("capacity_factor: expected a finite number above 0, got 0", {"capacity_factor": 0}),
         ("capacity_factor: .* finite number above 0, got inf", {"capacity_factor": float("inf")}),
         ("balance: expected None, 'bias', 'loss' or a Balance, such as .*, got 'both'", {"balance": "both"}),
         ("balance: expected None, .*, got {'rate': 0.1}", {"balance": {"rate": 0.1}}),
         ("bias_rate: expected 0 or more, got -1", {"balance": {"bias_rate": -1}}),
+        ("bias_rate: expected a finite number, got nan", {"balance": {"bias_rate": float("nan")}}),
+        ("scaling_factor: expected a finite number, got nan", {"scaling_factor": float("nan")}),
         ("backend: expected one of .* got 'gpu'", {"backend": "gpu"}),
     ],
 )
 def test_construction_rejects(message, options):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("name", ["scaling_factor", "capacity_factor", "dropout"])
+def test_construction_rejects_what_is_no_number(name):
+    with pytest.raises(TypeError, match=f"{name}: expected a number, got '2'"):
+        make(**{name: "2"})
+
+
+def test_a_record_of_another_layer_is_refused():
+    layer, other = make(balance="bias"), MoE(8, 8, 1, 1)  # whose one load would be everyone's
+    with pytest.raises(ValueError, match=r"aux.expert_load: expected shape \(6,\), got \(1,\)"):
+        layer.update_routing_state(other(torch.randn(3, 8), return_aux=True)[1])
+    assert not layer.router.expert_bias.any()
 
 
 def test_forward_rejects():

@@ -183,6 +183,7 @@ X, V = torch.zeros(2, 5, 4), torch.zeros(2, 4)
         ),
         (ValueError, "different devices: x on cpu, shift on meta", lambda: ops.adaln(X, V.to("meta"), V)),
         (ValueError, "different devices: x on cpu, weight on meta", lambda: ops.adaln(X, V, V, weight=V[0].to("meta"))),
+        (TypeError, "dtype: expected a floating dtype, got float32", lambda: ops.adaln(X, V, V, dtype="float32")),
         (TypeError, "dtype: expected a floating dtype, got torch.int8", lambda: ops.adaln(X, V, V, dtype=torch.int8)),
         (NotImplementedError, "adaln: there is no 'cuda' backend", lambda: ops.adaln(X, V, V, backend="cuda")),
         (

@@ -365,6 +365,8 @@ def test_arguments_that_would_be_ignored_or_truncated_are_refused() -> None:
     qkv, (cos, sin) = torch.zeros(1, 4, 3, 2, 8), ops.rope_table("1d", 8, 4)
     with pytest.raises(ValueError, match="qk_norm: expected the norm that q_norm_weight belongs to, got None"):
         ops.rope_attention(qkv, q_norm_weight=torch.ones(8))
+    with pytest.raises(TypeError, match="norm_eps: expected a number, got None"):
+        ops.rope_attention(torch.zeros(1, 4, 3, 2, 8), qk_norm="rmsnorm", norm_eps=None)
     with pytest.raises(TypeError, match="cos: expected a floating dtype"):
         ops.rope_attention(qkv, cos.long(), sin, rope="1d")
     x, vector = torch.zeros(1, 4, 8), torch.zeros(1, 8)

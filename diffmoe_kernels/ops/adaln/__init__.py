@@ -122,7 +122,7 @@ def _check(x: Tensor, *, weight: Tensor | None = None, **tensors: Tensor) -> Non
 
 
 def _floating(dtype: torch.dtype) -> torch.dtype:
-    if not dtype.is_floating_point:
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
     return dtype
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from diffmoe_kernels.backend import Backend, Implementation, run
 from diffmoe_kernels.checks import (
     check_choice,
+    check_finite,
     check_floating,
     check_same_device,
     check_shape,
@@ -117,6 +118,7 @@ def rope_attention(
                 raise TypeError(f"{name}: expected torch.float16, got {table.dtype}")
     if qk_norm is not None:
         check_choice("qk_norm", qk_norm, QK_NORMS)
+        check_finite(norm_eps=norm_eps)
     norms = {
         "q_norm_weight": q_norm_weight,
         "q_norm_bias": q_norm_bias,

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffmoe_kernels.backend import KERNEL_BACKENDS, Backend, Implementation, pytorch_only, run
 from diffmoe_kernels.checks import (
     check_choice,
+    check_finite,
     check_floating,
     check_integer,
     check_same_device,
@@ -71,6 +72,7 @@ def router_topk(
     check_shape("expert_bias", expert_bias, num_experts)
     check_same_device(router_logits=router_logits, expert_bias=expert_bias)
     check_router(num_experts, top_k, score_function, num_groups, top_groups, masked_group_fill)
+    check_finite(scaling_factor=scaling_factor)
     return run(
         "router_topk",
         backend,
