@@ -15,6 +15,7 @@ from diffmoe_kernels.checks import why_no_kernel
 HAS_TRITON = all(importlib.util.find_spec(name) for name in ("triton", "triton.tools.tensor_descriptor"))
 if HAS_TRITON:
     import triton
+    import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = HAS_TRITON and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, for tests
 NO_TRITON = "Triton 3.6 or newer is not installed: pip install 'triton>=3.6'"
@@ -27,6 +28,36 @@ def why_not_triton(tensor: Tensor, *, dtypes: tuple[torch.dtype, ...] = DTYPES) 
     if not HAS_TRITON:
         return NO_TRITON
     return why_no_kernel(tensor, dtypes=dtypes, on_cpu=INTERPRETED)
+
+
+def why_not_products(tensor: Tensor) -> str | None:
+    """Why no Triton kernel can multiply matrices of this tensor's dtype, or None."""
+    reason = why_not_triton(tensor)
+    if reason is None and INTERPRETED and tensor.dtype == torch.bfloat16 and not _interprets_bfloat16():
+        reason = "Triton's interpreter multiplies bfloat16 as if it were integers; it takes float32 and float16"
+    return reason
+
+
+def _interprets_bfloat16() -> bool:
+    """Whether somebody has mended that, as this project's tests do; not asked within a trace."""
+    if _MENDED or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    ones, found = torch.ones(16, 16, dtype=torch.bfloat16), torch.zeros(16, 16)
+    _square_kernel[(1,)](ones, found)
+    if (found == 16).all():
+        _MENDED.append(True)
+    return bool(_MENDED)
+
+
+_MENDED: list[bool] = []
+
+if HAS_TRITON:
+    # x, y (16, 16): y = x x
+    @triton.jit
+    def _square_kernel(x, y):
+        at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        factor = tl.load(x + at)
+        tl.store(y + at, tl.dot(factor, factor))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from diffmoe_kernels.operator import empty_for_none, operator
 from diffmoe_kernels.ops.experts import _grouped_mm, _triton, _triton_backward
 from diffmoe_kernels.ops.permute._triton import unpermute_fwd
 from diffmoe_kernels.routing import Routing, for_kernels
-from diffmoe_kernels.triton_support import why_not_triton
+from diffmoe_kernels.triton_support import why_not_products
 
 # Who multiplies: (T, D) -> rows (R, D) and the pre-activation, and the way back.
 PRODUCTS = {
@@ -203,4 +203,4 @@ def why_not(
         return "the kernels want both biases or none"
     if residual is not None and residual.dtype == torch.float64:
         return "the kernels sum in float32, the residual is torch.float64"
-    return why_not_triton(x)
+    return why_not_products(x)

@@ -9,7 +9,7 @@ from diffmoe_kernels.operator import empty_for_none, operator
 from diffmoe_kernels.ops.grouped_gemm._triton import multiply_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_sum_rows import sum_rows
 from diffmoe_kernels.ops.grouped_gemm._triton_weight_grad import weight_grad
-from diffmoe_kernels.triton_support import why_not_triton
+from diffmoe_kernels.triton_support import why_not_products
 
 
 @operator("group_rows")
@@ -102,4 +102,4 @@ def grouped_gemm_triton(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor 
 
 
 def why_not(x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None) -> str | None:
-    return why_not_triton(x)
+    return why_not_products(x)

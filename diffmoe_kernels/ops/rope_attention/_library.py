@@ -11,7 +11,7 @@ from diffmoe_kernels.operator import empty_for_none, operator
 from diffmoe_kernels.ops.rope_attention._prepare import Norm, Settings, Table
 from diffmoe_kernels.ops.rope_attention._triton import rope_attention_fwd
 from diffmoe_kernels.ops.rope_attention._triton_backward import rope_attention_bwd
-from diffmoe_kernels.triton_support import why_not_triton
+from diffmoe_kernels.triton_support import why_not_products
 
 MAX_HEAD_DIM = 128
 MAX_HEADS = MAX_SAMPLES = 65535  # of a grid's second and third dimension
@@ -141,4 +141,4 @@ def why_not(
         return f"the kernels take a scale of at most ln 2 in float16, not {scale}"
     if torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in (cos, sin)):
         return "the kernels give no gradient with respect to cos and sin"
-    return why_not_triton(qkv)
+    return why_not_products(qkv)
