@@ -156,7 +156,10 @@ def _pick_weights(source: Mapping[str, Any], weights: str | None) -> Mapping[str
     for entry in wanted:
         if isinstance(source.get(entry), Mapping):
             return source[entry]
+    odd = [str(key) for key, value in source.items() if not isinstance(value, Tensor)]
     there = ", ".join(str(key) for key in list(source)[:20]) or "nothing"
+    if len(odd) < len(source):
+        there = f"tensors beside what is none: {', '.join(odd[:20])}"
     raise ValueError(f"weights: expected a checkpoint with {' or '.join(wanted)}, found {there}")
 
 

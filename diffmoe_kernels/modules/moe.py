@@ -94,7 +94,7 @@ class MoE(nn.Module):
         capacity_factor: an expert keeps at most int(top_k * T / E * capacity_factor) of a batch's T tokens and drops
             those of the lowest weight, in training and in evaluation; None keeps all.
         balance: None, "bias" (rate 0.001), "loss" (weight 0.01), or a `Balance`, also as a mapping of its fields.
-        dropout: on the activation, in training.
+        dropout: on the activation, in training; the kernels have none, backend "triton" raises there.
         backend: of the router and the experts, which have no "cuda"; see `diffmoe_kernels.backend`.
         masked_group_fill: score of the experts of groups that were not chosen; see `ops.router_topk`.
 

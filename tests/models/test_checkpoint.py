@@ -181,6 +181,8 @@ def test_truncated_and_wrong_files(tmp_path) -> None:
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             load_official(build(), tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="found tensors beside what is none: epoch$"):
+        load_official(build(), {**CASE.state_dict, "epoch": 3})
     with pytest.raises(ValueError, match="expected a state dict or a checkpoint, got list"):
         load_official(build(), tmp_path / "list.pt")
     with pytest.raises(FileNotFoundError, match="no checkpoint file at .*nowhere.pt"):

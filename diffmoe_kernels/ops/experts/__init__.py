@@ -53,7 +53,7 @@ def experts(
         down_proj: (E, D, I).
         up_bias: (E, 2I) or (E, I); down_bias: (E, D).
         activation: "swiglu" silu(gate) * up (arXiv:2002.05202), "gelu_tanh" or "silu".
-        dropout: probability of zeroing an element of the activation, from torch's global generator.
+        dropout: probability of zeroing an element of the activation, from torch's global generator; not in "triton".
         residual: (T, D) floating, added to the result.
         backend: "reference", "torch" (grouped_mm; on a GPU with Triton this project's kernels gather, activate and
             combine between its products), "triton" or "auto".
