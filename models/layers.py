@@ -25,7 +25,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D), row-major."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).mT.contiguous()  # else every token of the first blocks is in pieces
 
 
 class BottleneckPatchEmbed(nn.Module):
@@ -38,7 +38,7 @@ class BottleneckPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D), row-major."""
-        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
+        return self.proj2(self.proj1(x)).flatten(2).mT.contiguous()
 
 
 def unpatchify(x: Tensor, patch_size: int) -> Tensor:
