@@ -132,6 +132,7 @@ class Stream(NamedTuple):
     """The residual stream between blocks, ``x + gate * y``: left to the next norm, which adds in the same pass.
 
     Blocks take and return the three by themselves: reentrant activation checkpointing knows no tensors within others.
+    What a forward hook of a block finds first is x, without the last branch: `Stream(*output[:3]).added(backend)`.
 
     Attributes:
         x: (B, N, D).
@@ -200,7 +201,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = AdaLNModulation(hidden_size, 2)
 
     def forward(self, stream: Stream, c: Tensor) -> Tensor:
-        """(B, N, D), (B, D) -> (B, N, patch_size^2 * out_channels)."""
+        """Of (B, N, D), (B, D) -> (B, N, patch_size^2 * out_channels)."""
         shift, scale = self.adaLN_modulation(c)
         weight = None if self.norm_final is None else self.norm_final.weight
         _, h = stream.modulated(shift, scale, weight=weight, norm=self.norm, backend=self.backend)

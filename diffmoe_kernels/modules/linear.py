@@ -64,8 +64,8 @@ class _Float32Linear(torch.autograd.Function):
                 by_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
             if ctx.needs_input_grad[1]:
                 # Cast as a transposed one: another value to torch.compile than the forward's, which it would keep.
-                rows = x.flatten(0, -2).mT.to(grad.dtype).mT
-                by_weight = (grad.flatten(0, -2).mT @ rows).to(weight.dtype)
+                rows = x.reshape(-1, x.shape[-1]).mT.to(grad.dtype).mT
+                by_weight = (grad.reshape(-1, grad.shape[-1]).mT @ rows).to(weight.dtype)
         return by_x, by_weight
 
 

@@ -16,6 +16,7 @@ from models.options import read_yaml
 from models.training.checkpoints import CheckpointError, load_checkpoint, load_newest
 
 Weights = Literal["ema", "ema2", "model"]
+RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ def pick_device(name: str) -> torch.device:
 
 def compile_blocks(model: nn.Module) -> None:
     """Compiles a model block by block, for each size of batch: those of one kind share that, a whole takes minutes."""
+    # For grad and no grad, batches, guided ones and the last, each with a first block of its own; past the limit, 8,
+    # torch.compile runs eager without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for block in model.blocks:
         block.compile(dynamic=False)
 

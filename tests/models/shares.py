@@ -144,6 +144,15 @@ def train_captured(output: Path) -> bool:
     return Graph.replays == 3 and all(torch.equal(one, weights[0][key]) for key, one in weights[1].items())
 
 
+def start_from_the_first(rank: int) -> bool:
+    """Whether a model that is not wrapped takes the first process's weights."""
+    model = torch.nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.fill_(rank)
+    processes.Processes.current().replicate(model, average=False)
+    return not model.weight.any()
+
+
 def main(output: Path) -> None:
     torch.set_num_threads(1)
     with process_group("cpu"):
@@ -152,6 +161,7 @@ def main(output: Path) -> None:
         stop_and_go_on(output)
         told |= {"resumed": go_on_from_one(output / "one"), "stopped": stop_one(output, rank)}
         told |= {"failed": fail_one(output, rank), "captured": train_captured(output)}
+        told["equal"] = start_from_the_first(rank)
         torch.save(told, output / f"rank-{rank}.pt")
 
 

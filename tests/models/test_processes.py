@@ -115,6 +115,7 @@ def test_images_that_one_can_not_read_stop_all_with_a_checkpoint(shares):
 def test_gradients_are_averaged_after_a_graph_too(shares):
     """To the same bits: of two processes a sum has one order."""
     assert [process["captured"] for process in shares[1]] == [True, True]
+    assert [process["equal"] for process in shares[1]] == [True, True]
 
 
 def test_the_command_under_torchrun(tmp_path):

@@ -66,6 +66,14 @@ def test_a_compiled_router_has_float32_gradients_under_autocast(layer):
         assert_close(compiled, eager, tolerance=1e-6)
 
 
+def test_a_float32_product_of_one_vector_under_autocast():
+    x, weight = (torch.randn(size, requires_grad=True) for size in ((16,), (8, 16)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(float32_linear(x, weight).sum(), (x, weight))
+    for one, expected in zip(found, torch.autograd.grad(F.linear(x, weight).sum(), (x, weight)), strict=True):
+        assert_close(one, expected, tolerance=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_float32_product_under_autocast(dtype):
     """The same bits as without it, with gradients in their tensors' dtypes, and gradients of gradients."""
