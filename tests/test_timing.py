@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -114,9 +115,9 @@ def test_what_waits_for_the_host_is_timed_run_by_run(gpu) -> None:
 
 @pytest.mark.parametrize(("seconds", "runs"), [(0.3, 1), (0.09, 3), (1e-3, 8)])
 def test_what_the_host_launches_is_timed_over_a_few_runs(gpu, seconds, runs) -> None:
-    """As in training, where the GPU is at work on a step when the next is launched."""
-    turns = []
-    steps = [lambda one=one: (turns.append(one), gpu.spend(seconds)) for one in range(3)]
+    """As in training, where the GPU is at work on a step when the next is launched. The first compiles."""
+    turns, costs = [], itertools.chain([60.0], itertools.repeat(seconds))
+    steps = [lambda one=one: (turns.append(one), gpu.spend(next(costs))) for one in range(3)]
     run, words = timing.timed(steps, captured=False, on_gpu=True, in_a_row=True)
     turns.clear()
     assert seconds_of(run) == pytest.approx(seconds) and len(turns) == runs

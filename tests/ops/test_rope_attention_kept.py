@@ -82,6 +82,11 @@ def test_widths_in_one_tile_or_two(head_dim, half, tail, rope, tiles):
     check(*ungrouped(66, head_dim, rope=rope), torch.bfloat16)
 
 
+def test_older_chips_have_a_head_in_one_tile(monkeypatch, tiles):
+    monkeypatch.setattr(tiles, "chip_generation", lambda: 80)
+    assert [tiles.pairs_of_tiles(head_dim, "none") for head_dim in (64, 72, 96)] == [(32, 0), (64, 0), (64, 0)]
+
+
 @pytest.mark.parametrize("head_dim", [72, 96, 128])
 def test_norms_of_wide_heads(head_dim):
     check(*ungrouped(66, head_dim, norm="layernorm"), torch.bfloat16)

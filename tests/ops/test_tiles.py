@@ -260,6 +260,22 @@ def test_measured_tiles(monkeypatch, kernel, name):
     assert (tile.m, tile.n, tile.k, tile.warps, tile.stages) == MEASURED[kernel, name]
 
 
+def test_a_tile_is_of_the_chip_and_the_precision_of_its_launch(monkeypatch):
+    """Whatever was asked for before: the same shapes, by turns on two chips, with TF32 and without."""
+    found = []
+    for generation, precision in ((90, "ieee"), (80, "tf32"), (90, "tf32"), (80, "ieee")):
+        monkeypatch.setattr(tiles, "chip_generation", lambda generation=generation: generation)
+        monkeypatch.setattr(tiles, "input_precision", lambda _, precision=precision: precision)
+        sizes, dtypes = (4096, 4096), (torch.float32, torch.bfloat16)
+        picked = [tiles.pick_tile("rows", 65536, 8, *sizes, dtype) for dtype in dtypes]
+        found.append((*picked, *(tiles.pick_weight_grad_tile(*sizes, dtype) for dtype in dtypes)))
+    of_rows, of_rows_16, of_weights, of_weights_16 = zip(*found, strict=True)
+    for new, old_tf32, new_tf32, old in (of_rows, of_weights):
+        assert new == old and len({new, old_tf32, new_tf32}) == 3
+    for new, old_tf32, new_tf32, old in (of_rows_16, of_weights_16):
+        assert new == new_tf32 != old == old_tf32
+
+
 @pytest.mark.parametrize("generation", [90, 100])
 def test_tiles_of_training_multiply_few_zeros(monkeypatch, generation):
     """Few of them, but where a wider tile that is partly empty reads its rows less often."""
