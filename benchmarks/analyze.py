@@ -25,7 +25,7 @@ from models.data import check_labels
 from models.markdown import markdown_table
 from models.objectives import DDPM, Method, Objective
 from models.options import build_config, command_line, config_parser, option, require
-from models.precision import experts_cast_once
+from models.precision import weights_cast_once
 from models.sample import SamplerConfig
 from models.sampling import balanced_labels
 from models.training.loading import TrainedModel
@@ -72,7 +72,7 @@ def record_usage(trained: TrainedModel, config: AnalyzeConfig) -> ExpertUsage:
     # Fewer images than classes are every so many'th class, not the first ones.
     labels = balanced_labels(config.num_samples, classes[:: math.ceil(len(classes) / config.num_samples)])
     batches = config.draw(trained, labels)
-    with recorder, experts_cast_once(model, config.precision):
+    with recorder, weights_cast_once(model, config.precision):
         for part in labels.split(config.batch_size):
             recorder.start_batch(len(part))
             if not next(batches).isfinite().all():

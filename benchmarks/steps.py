@@ -2,8 +2,8 @@
 
 A training step is what `models.train` does with a batch that lies on the GPU: forward, backward, AdamW (fused), the
 routing state, the moving average; in bfloat16 by autocast over float32 weights. Clipping the gradient and reading the
-loss are left out. A sampling step is an Euler step with guidance, so that the model sees each image twice; the experts'
-weights are in bfloat16 before it starts.
+loss are left out. A sampling step is an Euler step with guidance, so that the model sees each image twice; what
+autocast would round of its weights is in bfloat16 before it starts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from diffmoe_kernels.modules import Experts
 from models import DiT, JiT
 from models.objectives import TrainingLoss, objective_for
+from models.precision import cast_weights_
 from models.training.gradients import Captured, Gradients
 from models.training.processes import Processes
 from models.training.state import MovingAverage
@@ -116,9 +116,7 @@ class Sampling:
         self.model, self.objective = model.eval(), objective_for(model, **guided_at_first)
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        for part in model.modules():
-            if isinstance(part, Experts):
-                part.to(dtype)
+        cast_weights_(model, dtype)
 
     def labels(self, count: int) -> Tensor:
         return torch.arange(count, device=self.device) % self.model.num_classes

@@ -31,21 +31,31 @@ def float32_products(precision: Precision) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@contextmanager
-def experts_cast_once(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """Within it the experts' weights are in bfloat16 if that is it, where each call would cast float32 masters again.
+def cast_weights_(model: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Casts what autocast rounds at every call, the weights of experts and linear layers; those of routers, tables and
+    norms stay.
 
-    The weights come back as they were, and no gradient may be taken meanwhile.
+    Returns:
+        Layer, name and parameter of each that was there.
     """
-    if precision != "bfloat16":
-        yield
-        return
-    parameters = [one for part in model.modules() if isinstance(part, Experts) for one in part.parameters()]
-    masters = [one.data for one in parameters]
+    layers = (part for part in model.modules() if isinstance(part, Experts | nn.Linear))
+    masters = [(layer, *named) for layer in layers for named in layer.named_parameters(recurse=False)]
+    cast = {master: nn.Parameter(master.detach().to(dtype), master.requires_grad) for _, _, master in masters}
+    for layer, name, master in masters:  # new ones: compiled code of torch 2.11 would not see another dtype in the old
+        setattr(layer, name, cast[master])
+    return masters
+
+
+@contextmanager
+def weights_cast_once(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """Within it `cast_weights_` are in bfloat16 if that is it, to the same bits as float32 masters cast at each call.
+
+    Autocast keeps what it casts, but for experts, and in compiled code. The weights come back as they were, and no
+    gradient may be taken meanwhile.
+    """
+    masters = cast_weights_(model, torch.bfloat16) if precision == "bfloat16" else []
     try:
-        for parameter in parameters:
-            parameter.data = parameter.data.to(torch.bfloat16)
         yield
     finally:
-        for parameter, master in zip(parameters, masters, strict=True):
-            parameter.data = master
+        for layer, name, master in masters:
+            setattr(layer, name, master)

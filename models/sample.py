@@ -19,7 +19,7 @@ from models.data.npz import load_origin
 from models.data.samples import WHOLE, check_request, part_name
 from models.objectives import Method, ObjectiveName, objective_for
 from models.options import build_config, config_parser, option, require
-from models.precision import Precision, experts_cast_once
+from models.precision import Precision, weights_cast_once
 from models.progress import progress_bar
 from models.sampling import balanced_labels, check_decodable, sample_batches, to_images
 from models.training.loading import (
@@ -62,7 +62,7 @@ class SamplerConfig:
     seed: int = option(0, "seed of the noise")
     batch_size: int = option(256, "images at a time; DiffMoE's official rule chooses among them", alias="batch")
     precision: Precision = option(
-        "float32", "tf32 allows a GPU that, bfloat16 runs the model under autocast, with the experts cast once"
+        "float32", "tf32 allows a GPU that, bfloat16 runs the model under autocast, with weights cast once"
     )
     compile: bool = option(False, "compile the model's blocks, for many samples")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes the GPU if there is one")
@@ -184,7 +184,7 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
     own = {start: labels[start : min(start + size, end)] for start in missing[processes.rank :: processes.count]}
     total, silent = sum(map(len, own.values())), not processes.is_first
     with (
-        experts_cast_once(model, config.precision),
+        weights_cast_once(model, config.precision),
         progress_bar(total=total, desc="sample", unit="image", disable=silent) as bar,
     ):
         for start, part in own.items():

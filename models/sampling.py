@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.data import load_autoencoder, to_uint8
 from models.objectives import Method, Objective, objective_for
-from models.precision import Precision, experts_cast_once, float32_products
+from models.precision import Precision, float32_products, weights_cast_once
 
 
 def balanced_labels(num_samples: int, classes: Sequence[int]) -> Tensor:
@@ -25,7 +25,7 @@ def sample_images(model: nn.Module, labels: Tensor, *, precision: Precision = "f
         (N, C, H, W) float32 on the CPU, about [-1, 1], not clipped; latents of a latent model.
     """
     batches = sample_batches(model, labels, precision=precision, **options)
-    with experts_cast_once(model, precision):
+    with weights_cast_once(model, precision):
         return torch.cat([batch.cpu() for batch in batches])
 
 
@@ -52,7 +52,7 @@ def sample_batches(
         objective: that the model was trained with; by default the one of its family.
         steps, method, cfg_scale: see `Objective.sample`.
         precision: "bfloat16" runs the model under autocast; the sampler's own arithmetic is float32. Each call of the
-            model casts the experts' weights, unless the caller holds `experts_cast_once`.
+            model may cast weights, unless the caller holds `weights_cast_once`.
         first: i of the first label, for a part of a larger run.
 
     Yields:

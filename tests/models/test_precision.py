@@ -1,16 +1,20 @@
-"""bfloat16 casts experts once in sampling, TF32 is allowed to a run alone; both come back as they were."""
+"""bfloat16 casts weights once in sampling, TF32 is allowed to a run alone; both come back as they were."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmoe_kernels.modules import Experts
 from diffmoe_kernels.testing import relative_error
 from diffmoe_kernels.triton_support import HAS_TRITON
 from models import create_model
-from models.precision import experts_cast_once, float32_products
+from models.precision import float32_products, weights_cast_once
 from models.sampling import sample_batches, sample_images
 from models.training.trainer import Trainer
 from tests.models.runs import tiny
@@ -19,7 +23,7 @@ LABELS = torch.tensor([0, 1])
 
 
 class Casts(TorchDispatchMode):
-    """Counts the copies to bfloat16 of tensors with three dimensions of given shapes."""
+    """Counts the copies to bfloat16 of tensors of given shapes."""
 
     def __init__(self, shapes: set[torch.Size]) -> None:
         super().__init__()
@@ -40,38 +44,69 @@ def model_of(name: str, **options: object) -> torch.nn.Module:
     return model
 
 
-def expert_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [one for part in model.modules() if isinstance(part, Experts) for one in part.parameters()]
+def weights_to_cast(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    layers = [part for part in model.modules() if isinstance(part, Experts | torch.nn.Linear)]
+    return [one for layer in layers for one in layer.parameters()]
 
 
-@pytest.mark.parametrize("name", ["DSMoE-digits", "DiffMoE-digits", "JiTMoE-digits"])
+NAMES = [f"{family}-digits" for family in ("DiT", "DSMoE", "DiffMoE", "JiTMoE", "TC-DiT")]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_cast_once_for_all_steps_and_batches(name):
     model = model_of(name)
-    masters = [one.detach().clone() for one in expert_weights(model)]
-    matrices = [one for one in expert_weights(model) if one.dim() == 3]
+    masters = [(one, one.detach().clone()) for one in model.parameters()]
+    matrices = [one for one in weights_to_cast(model) if one.dim() > 1]
     with Casts({one.shape for one in matrices}) as casts:
         low = sample_images(model, LABELS, steps=2, batch_size=1, precision="bfloat16")
     assert casts.count == len(matrices) > 0
-    assert all(torch.equal(one, master) for one, master in zip(expert_weights(model), masters, strict=True))
-    assert all(one.dtype == torch.float32 for one in model.parameters())
+    for one, (master, values) in zip(model.parameters(), masters, strict=True):
+        assert one is master and one.dtype == torch.float32 and torch.equal(one, values)
     full = sample_images(model, LABELS, steps=2, batch_size=1)
     assert low.dtype == torch.float32
     assert 0 < relative_error(low, full) < 0.1
 
 
-def test_the_same_as_casting_at_every_call():
-    model = model_of("DSMoE-digits")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_as_casting_at_every_call(name):
+    model = model_of(name)
     with torch.autocast("cpu", torch.bfloat16):
         each = sample_images(model, LABELS, steps=2)
     assert torch.equal(sample_images(model, LABELS, steps=2, precision="bfloat16"), each)
 
 
+def test_compiled_blocks_cast_no_weight_meanwhile():
+    """Autocast keeps casts in eager code alone: in a graph they are part of every call."""
+    model, counts = model_of("DSMoE-digits", depth=2), []
+    shapes = {one.shape for one in weights_to_cast(model) if one.dim() > 1}
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        casts = [one.args[0] for one in graph.graph.nodes if one.target is torch.ops.aten._to_copy.default]
+        counts.append(sum(one.op == "placeholder" and one.meta["val"].shape in shapes for one in casts))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=count)
+    for block in model.blocks:
+        block.compile(backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        each = sample_images(model, LABELS, steps=2)
+    assert len(counts) == 2 and min(counts) >= 4  # attention's two, the modulation's, the MLP's
+    counts.clear()
+    assert torch.equal(sample_images(model, LABELS, steps=2, precision="bfloat16"), each)
+    assert counts == [0, 0]
+    assert torch.equal(sample_images(model, LABELS, steps=2, precision="bfloat16"), each)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample_images(model, LABELS, steps=2), each)
+    assert len(counts) == 2  # no graph more
+
+
 def test_masters_come_back_after_an_error():
     model = model_of("DSMoE-digits")
-    with pytest.raises(RuntimeError, match="stop"), experts_cast_once(model, "bfloat16"):
-        assert {one.dtype for one in expert_weights(model)} == {torch.bfloat16}
+    with pytest.raises(RuntimeError, match="stop"), weights_cast_once(model, "bfloat16"):
+        assert {one.dtype for one in weights_to_cast(model)} == {torch.bfloat16}
         raise RuntimeError("stop")
-    assert {one.dtype for one in expert_weights(model)} == {torch.float32}
+    assert {one.dtype for one in model.parameters()} == {torch.float32}
 
 
 def test_whoever_stops_early_leaves_the_model_as_it_was():
@@ -89,7 +124,7 @@ def test_the_kernels_cast_nothing_meanwhile():
 
     routing = Routing.from_topk(torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2), 3)
     shapes = {one.shape for one in layer.parameters()}
-    with torch.no_grad(), experts_cast_once(layer, "bfloat16"), Casts(shapes) as casts:
+    with torch.no_grad(), weights_cast_once(layer, "bfloat16"), Casts(shapes) as casts:
         layer(torch.randn(2, 16, dtype=torch.bfloat16), routing)
     assert casts.count == 0
 
