@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 
 from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED, device_name
+from diffmoe_kernels.version import __version__
 
 if HAS_TRITON:
     import triton
@@ -62,12 +63,13 @@ def best_tile(
         kernel: its name.
         shape_class: what else decides which tile is best: sizes, dtype, options; of plain numbers and strings.
         default: tried first, and taken while a CUDA graph is captured.
-        candidates: tried once per shape class, device and version of Triton; those that do not fit are passed over.
+        candidates: tried once per shape class, device and versions; those that do not fit are passed over.
         launch: runs the kernel with a tile on the data at hand; called many times, from other threads too, so it must
             not change its inputs.
     """
     file = cache_file()
-    key = " | ".join(map(str, (device_name(), f"triton {triton.__version__}", kernel, *shape_class)))
+    versions = f"diffmoe_kernels {__version__}, triton {triton.__version__}"
+    key = " | ".join(map(str, (device_name(), versions, kernel, *shape_class)))
     if key not in _read.get(file, ()):
         _read[file] = _load(file) | _read.get(file, {})
     if key not in _read[file]:

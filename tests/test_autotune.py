@@ -15,6 +15,7 @@ import torch
 
 from diffmoe_kernels.testing import assert_close
 from diffmoe_kernels.triton_support import HAS_TRITON, INTERPRETED, Tile
+from diffmoe_kernels.version import __version__
 
 if not HAS_TRITON:
     pytest.skip("needs triton", allow_module_level=True)
@@ -75,7 +76,7 @@ def test_takes_the_fastest_that_runs_and_notes_it(searching, monkeypatch, tmp_pa
     assert search(searching) == FAST and not searching
     assert search(searching, (128, torch.bfloat16)) == FAST and searching  # another shape class
     keys = list(json.loads((tmp_path / "tiles.json").read_text()))
-    assert len(keys) == 2 and all("rows" in key and "triton 3." in key for key in keys)
+    assert len(keys) == 2 and all("rows" in key and f"diffmoe_kernels {__version__}, triton 3." in key for key in keys)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["tiles.json", "tiles.lock"]
 
 

@@ -201,7 +201,8 @@ def find_hazards(listing: str) -> list[str]:
             if operands.endswith(("0x0 ", "0x0")):
                 sums, factors = set(), set()
         else:
-            width = 4 if "128" in kind or ".4" in kind else 2 if "64" in kind or "WIDE" in kind or ".2" in kind else 1
+            is_wide = "64" in kind and name != "SHF"  # which reads 64 bits and writes half of them
+            width = 4 if "128" in kind or ".4" in kind else 2 if is_wide or "WIDE" in kind or ".2" in kind else 1
             numbers = [(int(number), 2 if wide else 1) for number, wide in re.findall(r"\bR(\d+)(\.64)?", operands)]
             target = re.match(r" R(\d+)", operands)
             written = set()

@@ -225,7 +225,10 @@ for name in ("DSMoE-L-E48", "DiffMoE-L-E8"):
 for name in ("DSMoE-L-E48", "DSMoE-S-E48", "one token", "wide"):
     CASES[f"movement {name}"] = partial(launch_movement, SHAPES[name], BFLOAT16), BFLOAT16
 CASES["movement narrow"] = partial(launch_movement, (1, 64, 64, 1, 1, "silu"), BFLOAT16), BFLOAT16
-for sizes in ((65536, 48, 5, 1, False), (16384, 16, 2, 2, False), (65536, 16, 1, 1, True), (4096, 256, 8, 8, False)):
+for sizes in (
+    *((65536, 48, 5, 1, False), (16384, 16, 2, 2, False), (65536, 16, 1, 1, True), (4096, 256, 8, 8, False)),
+    (4096, 256, 129, 1, False),  # more choices than a tile has room for at the usual tokens
+):
     CASES[f"router {sizes}"] = partial(launch_router, *sizes), FLOAT32
 for sizes in ((65536, 48, 5), (4096, 256, 8)):
     CASES[f"given choices {sizes}"] = partial(launch_given_choices, *sizes), FLOAT32

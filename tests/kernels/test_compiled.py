@@ -143,7 +143,13 @@ def test_a_hazard_is_found():
         lines = (product, *between, "WARPGROUP.DEPBAR.LE gsb0, 0x0 ", after)
         return find_hazards("".join(f"        /*{16 * i:04x}*/  {one};\n" for i, one in enumerate(lines)))
 
-    assert not hazards("FADD R96, R24, R25 ", "LDS.128 R84, [R2] ", "STS [R2], R24 ", after="FADD R88, R95, R24 ")
+    assert not hazards(
+        "FADD R96, R24, R25 ",
+        "LDS.128 R84, [R2] ",
+        "STS [R2], R24 ",
+        "SHF.L.U64.HI R23, R1, 0x1, R2 ",
+        after="FADD R88, R95, R24 ",
+    )
     for one in ("FADD R1, R2, R95 ", "@P0 MOV R88, R1 ", "LDS.128 R85, [R2] ", "MOV R27, R1 ", "LDS.64 R23, [R2] "):
         assert hazards(one), one
 

@@ -337,3 +337,32 @@ def test_grouped_mm_is_given_weights_that_begin_at_whole_16_bytes(bias, monkeypa
         results.append([y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))])
     assert given and not any(given)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("products", ["triton", "grouped_mm"])
+def test_products_are_given_weights_from_16_bytes_on(products, monkeypatch):
+    """Views into one flat parameter may begin elsewhere, where grouped_mm raises and a tile's loads are of 2 bytes."""
+    from diffmoe_kernels.ops.experts import _library
+
+    given = []
+
+    def noted(function):
+        def call(*args, **options):
+            given.extend(one.data_ptr() % 16 for one in args if isinstance(one, torch.Tensor) and one.dim() == 3)
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setitem(_library.PRODUCTS, products, tuple(map(noted, _library.PRODUCTS[products])))
+    backend = "triton" if products == "triton" else ON_KERNELS
+    weights = parameters(torch.bfloat16, bias=False)
+    flat = {name: torch.empty(one.numel() + 1, dtype=one.dtype)[1:].view(one.shape) for name, one in weights.items()}
+    for name, one in weights.items():
+        flat[name].copy_(one.detach())
+        assert flat[name].data_ptr() % 16
+        flat[name].requires_grad_()
+    x, routing = tokens(torch.bfloat16), routing_of(requires_grad=False)
+    y = experts(x, routing, **flat, backend=backend)
+    assert torch.equal(y, experts(x, routing, **weights, backend=backend))
+    y.sum().backward()
+    assert len(given) == 6 and not any(given)

@@ -128,11 +128,6 @@ def _epilogue(pre: Tensor, bias: Tensor | None, group_offsets: Tensor, hidden: T
     )
 
 
-def _aligned(weights: Tensor) -> Tensor:
-    """On CUDA grouped_mm wants them from 16 bytes on; views into one flat parameter may begin elsewhere."""
-    return weights if weights.data_ptr() % 16 == 0 else weights.clone()
-
-
 def experts_fwd(
     x: Tensor,
     routing: Routing,
@@ -146,7 +141,7 @@ def experts_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(T, D) -> rows (R, D) and the pre-activation (R, U), or (0, U) where it is not kept; neither is written past
     the last group."""
-    up, down, offsets = _aligned(up), _aligned(down), routing.group_offsets
+    offsets = routing.group_offsets
     pre = F.grouped_mm(permute_fwd(x, routing.token_indices, offsets), up.mT, offs=offsets)
     hidden = pre.new_empty(pre.shape[0], down.shape[2])
     _epilogue(pre, up_bias, offsets, hidden, activation)
@@ -172,7 +167,6 @@ def experts_bwd(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
     """grad (T, D) -> gradients with respect to x, gates, up, down and their biases; None where not asked for."""
-    up, down = _aligned(up), _aligned(down)
     gates, token_indices, offsets = routing.gates, routing.token_indices, routing.group_offsets
     grad_rows = permute_fwd(grad, token_indices, offsets)
     grad_hidden = F.grouped_mm(grad_rows, down, offs=offsets)

@@ -20,6 +20,12 @@ PRODUCTS = {
 }
 
 
+def _aligned(weights: Tensor) -> Tensor:
+    """From 16 bytes on, as views into one flat parameter may not be: on CUDA grouped_mm refuses others, and our kernels
+    would read them by 2 bytes, with sums on the stack."""
+    return weights if weights.data_ptr() % 16 == 0 else weights.clone()
+
+
 @operator("experts")
 def _experts(
     x: Tensor,
@@ -47,7 +53,7 @@ def _experts(
     """
     forward, _ = PRODUCTS[products]
     routing = Routing(token_indices, gates, group_offsets, token_offsets, token_rows)
-    rows, pre = forward(x, routing, up, down, up_bias, down_bias, activation, keep_pre=keep_pre)
+    rows, pre = forward(x, routing, _aligned(up), _aligned(down), up_bias, down_bias, activation, keep_pre=keep_pre)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return unpermute_fwd(rows, gates, token_offsets, token_rows, residual, dtype), pre
 
@@ -86,8 +92,8 @@ def _experts_backward(
         grad.to(x.dtype).contiguous(),
         x,
         Routing(token_indices, gates, group_offsets, token_offsets, token_rows),
-        up,
-        down,
+        _aligned(up),
+        _aligned(down),
         down_bias,
         pre,
         activation,

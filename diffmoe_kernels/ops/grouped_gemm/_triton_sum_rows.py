@@ -33,17 +33,23 @@ def _grouped_gemm_sum_rows_kernel(
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin = tl.load(group_offsets + group - 1, mask=group > 0, other=0)
     end = tl.load(group_offsets + group)
-    total = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)  # added across threads once, at the end
+    source = begin + tl.arange(0, BLOCK_R)
+    if token_indices is not None:
+        source = tl.load(token_indices + source, mask=source < end, other=0)
     for start in range(begin, end, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        source = tl.load(token_indices + row, mask=row < end, other=0) if token_indices is not None else row
         mask = (row < end)[:, None] & (columns < num_columns)[None, :]
         values = tl.load(rows + source.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+        source = row + BLOCK_R
+        if token_indices is not None:  # a step ahead, so that rows need not wait for where they are
+            source = tl.load(token_indices + source, mask=source < end, other=0)
         values = values.to(tl.float32)
         if gates is not None:
             values *= tl.load(gates + row, mask=row < end, other=0.0)[:, None]
-        total += tl.sum(values, 0)
-    tl.store(out + group * num_columns + columns, total.to(out.dtype.element_ty), mask=columns < num_columns)
+        total += values
+    total = tl.sum(total, 0).to(out.dtype.element_ty)
+    tl.store(out + group * num_columns + columns, total, mask=columns < num_columns)
 
 
 def sum_rows(

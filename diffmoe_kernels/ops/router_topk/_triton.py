@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffmoe_kernels.ops.router_topk._triton_backward import router_topk_bwd
 from diffmoe_kernels.ops.router_topk.outputs import outputs_of
-from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T, NARROW, PLACE_T, SCAN, TILE
+from diffmoe_kernels.ops.router_topk.tiles import BLOCK_T, NARROW, PLACE_SLOTS, PLACE_T, SCAN, TILE
 from diffmoe_kernels.triton_order import LOWEST, number_of, order_key
 from diffmoe_kernels.triton_support import cdiv, next_power_of_2
 
@@ -276,7 +276,9 @@ def router_topk_fwd(
         num_warps=1,
     )
     begins, totals = scan(masks)
-    _router_topk_place_kernel[(cdiv(num_tokens, PLACE_T),)](
+    block_k = next_power_of_2(top_k)
+    place_t = min(PLACE_T, PLACE_SLOTS // block_k)
+    _router_topk_place_kernel[(cdiv(num_tokens, place_t),)](
         scores,
         topk_ids,
         masks,
@@ -295,8 +297,8 @@ def router_topk_fwd(
         top_k,
         normalize and top_k > 1,
         BLOCK_T,
-        PLACE_T,
+        place_t,
         next_power_of_2(num_experts),
-        next_power_of_2(top_k),
+        block_k,
     )
     return outputs

@@ -11,3 +11,4 @@ NARROW = 64
 TILE = 1024  # of wider rows, and in the backward, which holds two tiles: 32 elements a thread
 SCAN = 4096  # blocks a step: one step up to T = 131072
 PLACE_T = 128  # tokens of a program of `_router_topk_place_kernel`: 512 programs at T = 65536
+PLACE_SLOTS = 4096  # of theirs at most, 32 a thread: of more choices each, fewer tokens
