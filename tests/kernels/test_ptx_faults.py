@@ -113,6 +113,20 @@ def test_a_sum_moved_before_its_wait_is_the_sum():
     np.testing.assert_allclose(out, group_product(a, b), 1e-5, 1e-5)
 
 
+def test_a_sum_moved_in_another_block_moves_nothing_here():
+    """Block 1 has waited and moves; block 0, whose product goes on meanwhile, has other numbers there."""
+    a, b, a_bytes, b_bytes, left, right = operands()
+    out = np.zeros((2, 128, 8), np.float32)
+    ones, moves = ("".join(f"mov.b32 %f{20 + i}, %f{i};" for i in range(8)) for _ in range(2))  # before and after
+    keep = "mov.u32 %r6, %ctaid.x; mad.lo.s32 %r6, %r6, 128, %r90; mad.wide.u32 %d30, %r6, 32, %d22;"
+    keep += "".join(f"st.global.b32 [%d30+{4 * i}], %f{20 + i};" for i in range(8))
+    branch = "mov.u32 %r7, %ctaid.x; setp.eq.s32 %p2, %r7, 0; @%p2 bra LATER;\n"
+    code = ZERO + ones + READY + product(left, right) + COMMIT + branch + WAIT + moves + "\nLATER:\n" + WAIT + keep
+    assert not run(code, a_bytes, b_bytes, out, threads=128, shared=16384, blocks=2).faults
+    np.testing.assert_array_equal(out[0], 1)
+    np.testing.assert_allclose(out[1], group_product(a, b), 1e-5, 1e-5)
+
+
 def test_copies_fill_up_with_zeros():
     numbers, out = RANDOM.integers(1, 2**32, (32, 4)).astype(np.uint32), np.zeros((32, 4), np.uint32)
     code = """

@@ -228,7 +228,7 @@ def move(machine, ins, active):
     else:
         machine.write(to, machine.read(source, kind), active)
         if isinstance(source, Register) and not isinstance(to, Not):
-            machine.note_move(to.name, source.name)
+            machine.note_move(to.name, source.name, active)
 
 
 @computes(r"cvta(\.to|\.param)?(\.global|\.shared)?\.u64")

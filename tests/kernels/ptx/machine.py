@@ -224,9 +224,11 @@ class Machine:
             values = every
         self.write(operand, np.ascontiguousarray(values), active)
 
-    def note_move(self, to: str, source: str) -> None:
+    def note_move(self, to: str, source: str, active: Active) -> None:
+        blocks = self.blocks_of(active)
         for product in self.under_way:
-            product.note_move(to, source)
+            if (product.blocks & blocks).any():
+                product.note_move(to, source)
 
     def addresses(self, address: Address, which: np.ndarray, kind: str = "u32") -> np.ndarray:
         """Of some threads, in shared memory unless ``kind`` is u64."""
