@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -52,8 +53,11 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t grid, int t
   kernel<<<static_cast<unsigned>(grid), threads, 0, cuda_stream>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
-    const bool is_asynchronous = error == cudaErrorIllegalAddress || error == cudaErrorMisalignedAddress ||
-                                 error == cudaErrorAssert || error == cudaErrorLaunchFailure;
+    const auto later = {cudaErrorIllegalAddress,      cudaErrorMisalignedAddress,  cudaErrorAssert,
+                        cudaErrorLaunchFailure,       cudaErrorIllegalInstruction, cudaErrorInvalidPc,
+                        cudaErrorInvalidAddressSpace, cudaErrorHardwareStackError, cudaErrorECCUncorrectable,
+                        cudaErrorLaunchTimeout};
+    const bool is_asynchronous = std::find(later.begin(), later.end(), error) != later.end();
     fail(std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error) +
          (is_asynchronous ? ", in this kernel or one that was launched before it" : ""));
   }

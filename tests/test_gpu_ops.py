@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from diffmoe_kernels import Routing, ops
+from diffmoe_kernels.cuda_support import HAS_CUDA, not_loaded
 from diffmoe_kernels.testing import assert_close, random_topk, value_and_grads
 from diffmoe_kernels.triton_support import HAS_TRITON
 
@@ -177,12 +178,22 @@ SIZES = {
     **{"qkv": (3, 16, 3, 2, 32), "sample": (3, 16, 64), "shift": (3, 64)},
 }
 OPS = tuple(name for name in ops.__all__ if name[0].islower() and name != "rope_table")
+ON_CUDA = "router_topk", "token_drop", "token_drop_predicted", "token_choice_drop", "permute", "unpermute"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "auto",
+        pytest.param("triton", marks=needs_triton),
+        pytest.param("cuda", marks=pytest.mark.skipif(not HAS_CUDA, reason=f"the extension is {not_loaded}")),
+    ],
+)
 def test_tensors_of_a_gpu_that_is_not_current(backend, op) -> None:
+    if backend == "cuda" and op not in ON_CUDA:
+        pytest.skip("it has no kernels in CUDA C++")
     assert torch.cuda.current_device() == 0
     expected, actual = (_pytree.tree_leaves(on(device, backend)[op]()) for device in ("cuda:0", "cuda:1"))
     for right, ours in zip(expected, actual, strict=True):

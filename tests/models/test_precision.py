@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmoe_kernels.modules import Experts
@@ -77,6 +75,9 @@ def test_the_same_as_casting_at_every_call(name):
 
 def test_compiled_blocks_cast_no_weight_meanwhile():
     """Autocast keeps casts in eager code alone: in a graph they are part of every call."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
     model, counts = model_of("DSMoE-digits", depth=2), []
     shapes = {one.shape for one in weights_to_cast(model) if one.dim() > 1}
 

@@ -3,6 +3,7 @@ about those of a warp, a block and a chunk, memory that must not be read or writ
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -195,6 +196,19 @@ def test_sizes_that_are_refused():
             cuda_support.extension.token_drop_chunks(size)
     with pytest.raises(ValueError, match="2147483648"):
         cuda_support.extension.token_choice_drop_fwd(0, 0, 0, 0, 2**31, 1, 1, False, 0, 0)
+
+
+def test_a_pool_past_what_the_kernels_count():
+    """A reason for "auto" to take another way, before anything is allocated; smaller pools of as many tokens fit."""
+    token_drop = importlib.import_module("diffmoe_kernels.ops.token_drop")  # not the function
+    scores = torch.zeros(1, 1).expand(token_drop.MAX_POOL + 2, 1)
+    for call in (
+        lambda: ops.token_drop(scores, 1, backend="cuda"),
+        lambda: ops.token_drop_predicted(scores, scores, torch.zeros(1), max_capacity=1, backend="cuda"),
+    ):
+        with pytest.raises(NotImplementedError, match="pools of up to 16711680 tokens, not 16711682"):
+            call()
+    assert token_drop._why_not_drop("cuda", scores, 1, 2) is None
 
 
 @pytest.mark.parametrize("capacity", [2**31, 2**32 + 1, 2**40])

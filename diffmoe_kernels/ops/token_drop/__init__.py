@@ -41,6 +41,7 @@ from diffmoe_kernels.triton_support import HAS_TRITON
 
 RULES = ("pool", "token")
 MAX_EXPERTS = 256  # of the CUDA kernels
+MAX_POOL = 65280 * 256  # tokens of a pool, of whose 256 chunks they keep counts of 16 bits
 
 
 def token_drop(
@@ -208,19 +209,21 @@ def _shape_class(first: Tensor, *args: object) -> str:
     return tokens_class(first.shape[0])
 
 
-def _why_not(backend: str, *tensors: Tensor, num_experts: int = 0) -> str | None:
+def _why_not(backend: str, *tensors: Tensor, num_experts: int = 0, pool_size: int = 0) -> str | None:
     """The tensors are those that the kernels read as numbers."""
     if backend == "cuda" and num_experts > MAX_EXPERTS:
         return f"the kernels take up to {MAX_EXPERTS} experts, not {num_experts}"
+    if backend == "cuda" and pool_size > MAX_POOL:
+        return f"the kernels take pools of up to {MAX_POOL} tokens, not {pool_size}"
     return next(filter(None, map(KERNEL_BACKENDS[backend], tensors)), None)
 
 
-def _why_not_drop(backend: str, scores: Tensor, *others: object) -> str | None:
-    return _why_not(backend, scores, num_experts=scores.shape[1])
+def _why_not_drop(backend: str, scores: Tensor, capacity: int, num_pools: int) -> str | None:
+    return _why_not(backend, scores, num_experts=scores.shape[1], pool_size=scores.shape[0] // num_pools)
 
 
 def _why_not_predicted(backend: str, scores: Tensor, logits: Tensor, thresholds: Tensor, *others: object) -> str | None:
-    return _why_not(backend, scores, logits, thresholds, num_experts=scores.shape[1])
+    return _why_not(backend, scores, logits, thresholds, num_experts=scores.shape[1], pool_size=scores.shape[0])
 
 
 def _why_not_choice(backend: str, topk_ids: Tensor, drop_scores: Tensor, *others: object) -> str | None:
