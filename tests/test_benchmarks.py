@@ -165,7 +165,6 @@ class Scaled(torch.nn.Module):
 def test_memory_kept_is_what_the_backward_reads(compiled) -> None:
     layer, x = Scaled(), torch.randn(16, 8, requires_grad=True)
     if compiled:
-        torch._dynamo.reset()
         layer.compile(backend="aot_eager", fullgraph=True)
     assert measure.saved_bytes(layer, x, compiled=compiled) == (16 + 2 * 16 * 8) * 4
 

@@ -60,7 +60,6 @@ def test_a_compiler_asks_too(monkeypatch) -> None:
     told_in_c = os.getcwd  # some string, by a function that Dynamo can't look into, as those of the extension
     monkeypatch.setattr(cuda_support, "extension", SimpleNamespace(why_not_here=told_in_c))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    torch._dynamo.reset()
 
     def choose(x):
         return x + (1 if cuda_support.why_not_on(0) else 2)

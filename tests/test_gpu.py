@@ -80,7 +80,6 @@ COMPILED = {
 @pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("layer", COMPILED.values(), ids=COMPILED.keys())
 def test_compiled_in_one_graph_as_eager(layer, backend) -> None:
-    torch._dynamo.reset()
     layer = layer(backend).cuda().bfloat16()
     x = torch.randn(4, 64, 256, device="cuda", dtype=torch.bfloat16)
     grad = torch.randn_like(x)

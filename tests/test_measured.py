@@ -100,7 +100,6 @@ def test_auto_follows_the_table(as_measured):
 
 @pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="runs the kernels on a CPU")
 def test_auto_compiles_to_one_graph(as_measured):
-    torch._dynamo.reset()
     layer = MoE(8, 8, 3, 2)
     x = torch.randn(4, 8)
     assert torch.allclose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), atol=1e-6)

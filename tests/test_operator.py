@@ -219,7 +219,6 @@ def test_a_broken_graph_is_not_traced_on_inside_a_launcher(mode):
     def broken(x):  # what it calls may still be traced
         return scale(x, 2.0)
 
-    torch._dynamo.reset()
     graphs = []
 
     def keep(graph, inputs):
@@ -241,7 +240,6 @@ def test_a_compiler_that_looks_on_is_seen():
         seen.append(scale._unobserved((x, 2.0)))
         return x
 
-    torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Dynamo does not know")
         torch.compile(lambda x: broken(x + 1) - 1, backend="eager")(torch.ones(3))

@@ -23,7 +23,6 @@ def test_tokens_lie_in_one_piece(name) -> None:
 
 def test_compiled_blocks_have_the_gradients_of_eager_ones() -> None:
     """By inductor; they were off by 2e-2 where tokens lay in columns."""
-    torch._dynamo.reset()
     torch.manual_seed(0)
     model = randomize(create_model("DiT-digits", depth=2, class_dropout_prob=0.0)).train()
     inputs, found = random_inputs(model), []
@@ -41,7 +40,6 @@ def test_every_size_of_a_batch_is_compiled(monkeypatch) -> None:
     """Of a batch and a guided one, in training and in sampling: more graphs than torch.compile's usual limit."""
     compile = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: compile(self, backend="aot_eager", dynamic=dynamic))
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
         model = create_model("JiTMoE-digits", depth=4, context_start=2, class_dropout_prob=0.0)
         compile_blocks(model)
@@ -49,4 +47,3 @@ def test_every_size_of_a_batch_is_compiled(monkeypatch) -> None:
             model.train()(*random_inputs(model, batch=size)).sum().backward()
             with torch.no_grad():
                 model.eval()(*random_inputs(model, batch=size))
-    torch._dynamo.reset()

@@ -86,7 +86,6 @@ def test_compiled_blocks_cast_no_weight_meanwhile():
         counts.append(sum(one.op == "placeholder" and one.meta["val"].shape in shapes for one in casts))
         return make_boxed_func(graph.forward)
 
-    torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=count)
     for block in model.blocks:
         block.compile(backend=backend)

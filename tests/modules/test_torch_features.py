@@ -53,7 +53,6 @@ def test_a_record_may_be_exported_and_saved(layer, tmp_path):
 def test_a_compiled_router_has_float32_gradients_under_autocast(layer):
     """torch.compile by itself would multiply them in bfloat16: pytorch/pytorch#179804."""
     layer, x = LAYERS[layer](backend="reference"), torch.randn(64, 16, dtype=torch.bfloat16)
-    torch._dynamo.reset()
     found = []
     for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         layer.zero_grad()

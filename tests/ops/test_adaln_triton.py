@@ -218,7 +218,6 @@ def test_operators_keep_their_schemas():
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_to_one_graph(compiler):
-    torch._dynamo.reset()
     inputs = make(2, 5, 12)
     compiled = torch.compile(both, backend=compiler, fullgraph=True)
     for name, value in grads_of(compiled, inputs).items():

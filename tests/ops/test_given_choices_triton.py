@@ -151,7 +151,6 @@ def results(function, layer: MoE) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_layer_with_capacity_compiles_to_one_graph(backend):
-    torch._dynamo.reset()
     layer = layer_of()
     eager = results(lambda x: layer(x, return_aux=True), layer)
     compiled = torch.compile(lambda x: layer(x, return_aux=True), fullgraph=True, backend=backend)
@@ -187,7 +186,6 @@ def routed(name: str, scores: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["router_topk", "token_drop", "token_drop_predicted", "capacity_loss"])
 def test_routing_ops_compile_by_inductor(name):
-    torch._dynamo.reset()
     scores = torch.randn(20, 4, requires_grad=True)
     outcomes = []
     for function in (routed, torch.compile(routed, fullgraph=True)):

@@ -33,7 +33,6 @@ def outcome(function, *tensors, offs=OFFS, **options):
 def test_compiled_products_and_gradients(form, bias, backend, dtype) -> None:
     if backend == "torch" and dtype == torch.float64:
         pytest.skip("grouped_mm takes no float64")
-    torch._dynamo.reset()
     tensors = operands(form, dtype, bias)
     compiled = torch.compile(ops.grouped_gemm, fullgraph=True, backend="aot_eager")
     found = outcome(compiled, *tensors, backend=backend)
@@ -76,7 +75,6 @@ def test_a_float32_layer_is_one_graph(name, backend, compiler) -> None:
     """Values and gradients; sizes of groups in a graph are more than inductor can do (torch 2.13)."""
     if compiler == "inductor" and (backend == "reference" or name == "MoE, capacity"):
         pytest.skip("takes long, and the graph is that of another")
-    torch._dynamo.reset()
     torch.manual_seed(0)
     layer = LAYERS[name](backend=backend)
     x = torch.randn(3, 16, layer.router.weight.shape[1])

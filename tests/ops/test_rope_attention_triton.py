@@ -208,7 +208,6 @@ def results(function, layer: RoPEAttention, dtype: torch.dtype = torch.float32) 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_the_layer_compiles_to_one_graph(backend):
-    torch._dynamo.reset()
     layer = layer_of(grid_size=4)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for one, other in zip(results(compiled, layer), results(layer, layer), strict=True):

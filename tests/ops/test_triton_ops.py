@@ -92,7 +92,6 @@ LAYERS = {
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 def test_layers_compile_to_one_graph(layer):
-    torch._dynamo.reset()
     layer = layer()
     x = torch.randn(3, 7, HIDDEN, requires_grad=True)
     results = []
