@@ -78,7 +78,7 @@ class ParityConfig:
     checkpoint_every: int | None = _by_data("checkpoint_every", "steps between checkpoints of a run")
     precision: Precision | None = _by_data("precision", "tf32 allows a GPU that, bfloat16 is autocast")
     compile: bool = option(False, "train and sample with torch.compile")
-    cuda_graph: bool = option(False, "on a GPU: train from CUDA graphs, see models.train")
+    cuda_graph: bool = option(False, "on a GPU: train and sample from CUDA graphs")
     num_samples: int | None = _by_data("num_samples", "samples of each run, as many of each class")
     sample_method: Method | None = option(None, "sampler; euler for the digits, else the objective's usual one")
     sample_steps: int | None = option(
@@ -189,6 +189,7 @@ def make_run(config: ParityConfig, model: str, seed: int) -> Run:
         seed=seed,
         precision=config.precision,
         compile=config.compile,
+        cuda_graph=config.cuda_graph,
         device=config.device,
     )
     return Run(train, sample)

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import timing
 from models import DiT, JiT
+from models.cuda_graphs import Captured, CapturedModel
 from models.objectives import TrainingLoss, objective_for
 from models.precision import cast_weights_
-from models.training.gradients import Captured, Gradients
+from models.training.gradients import Gradients
 from models.training.processes import Processes
 from models.training.state import MovingAverage
 
@@ -70,7 +71,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
         self.average = MovingAverage(self.model, decay=0.9999)
         if captured:
-            self.gradients, self.first_steps = Captured(self.gradients, trained), Captured.WARM_UP + 1
+            self.gradients, self.first_steps = Captured(self.gradients, self.device, trained), Captured.WARM_UP + 1
 
     def step_on(self, images: Tensor) -> Callable[[], None]:
         """The step of a batch; it leaves no gradients."""
@@ -107,7 +108,10 @@ class Training:
 
 
 class Sampling:
-    """A model that samples, under autocast where the dtype is bfloat16."""
+    """A model that samples, under autocast where the dtype is bfloat16.
+
+    first_steps: how many there are until all is compiled and captured.
+    """
 
     first_steps = 1
 
@@ -117,6 +121,7 @@ class Sampling:
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
         cast_weights_(model, dtype)
+        self.caller: nn.Module = self.model
 
     def labels(self, count: int) -> Tensor:
         return torch.arange(count, device=self.device) % self.model.num_classes
@@ -124,7 +129,7 @@ class Sampling:
     def sample(self, noise: Tensor, labels: Tensor) -> Tensor:
         """One step from noise all the way to images."""
         with self.autocast():
-            return self.objective.sample(self.model, noise, labels, steps=1, method="euler", cfg_scale=GUIDANCE)
+            return self.objective.sample(self.caller, noise, labels, steps=1, method="euler", cfg_scale=GUIDANCE)
 
     def outcome(self, noise: Tensor, at_once: int) -> dict[str, Tensor]:
         """The samples, computed from parts of the batch."""
@@ -132,7 +137,9 @@ class Sampling:
         return {"samples": torch.cat([self.sample(*part) for part in parts])}
 
     def begin(self, captured: bool = False) -> None:
-        """Sampling has nothing besides the model."""
+        """Sampling has nothing besides the model, but for its CUDA graphs."""
+        if captured:
+            self.caller, self.first_steps = CapturedModel(self.model), Captured.WARM_UP + 1
 
     def step_on(self, noise: Tensor) -> Callable[[], Tensor]:
         """The step of a batch."""

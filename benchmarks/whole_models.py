@@ -2,8 +2,8 @@
 
 CUDA events stand around a few steps in a row, as users launch them from Python, their checks of labels and times
 included. In training no step waits for the GPU, so the host may run ahead of it; in sampling each waits for the checks
-of its labels. "captured" replays forward and backward from a CUDA graph, as `models.train --cuda-graph` does; PyTorch
-does not tell how much memory a replay takes.
+of its labels. "captured" replays forward and backward, or the model's call in sampling, from a CUDA graph, as
+`models.train --cuda-graph` and `models.sample --cuda-graph` do; PyTorch does not tell how much memory a replay takes.
 
 Compiled is block by block: blocks of one kind share a compilation, which takes seconds; that of a whole model takes
 minutes. "one graph" is the dense model compiled as a whole.
@@ -163,7 +163,7 @@ def providers(model: str, batch: int | None, direction: str, where: Where, repea
         eager = Provider(build(backend, direction), backend, **common)
         compiled = replace(eager, compiled=True, regions=blocks)
         found |= {f"{backend}, compiled": compiled, backend: eager}
-        if direction == BOTH and batch is not None:
+        if batch is not None and (direction == BOTH or backend == "triton"):
             found[f"{backend}, compiled, captured"] = replace(compiled, replays=True)
     if model.startswith(("DSMoE", "JiTMoE")):
         plain = Provider(build("torch", direction, GroupedMM), compiled=True, regions=blocks, **common)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from models.cuda_graphs import Captured, CapturedModel
 from models.data import check_labels, image_shape, iterate_images, join_npz, save_grid, save_npz
 from models.data.npz import load_origin
 from models.data.samples import WHOLE, check_request, part_name
@@ -124,6 +125,7 @@ class SampleConfig(SamplerConfig):
     join: str | None = option(None, "with --part-size: .npz to write all files into, as the ADM evaluator takes it")
     unconditional: bool = option(False, "sample without a class, for models trained with label dropout, and unguided")
     autoencoder: str | None = option(None, "decoder of latents, where not the one that the model was trained with")
+    cuda_graph: bool = option(False, "on a GPU: call the model from CUDA graphs, for small models or batches")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,6 +157,8 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
         raise ValueError(f"{processes.count} processes share the parts of a run: pass --part-size")
     trained = config.load(config.model)
     model, decoder = trained.model, config.autoencoder or trained.autoencoder
+    if config.cuda_graph:
+        Captured.check_device(next(model.parameters()).device)
     check_decodable(model, decoder)
     _check_parts(config, model)
     end = config.first + config.num_samples
@@ -187,9 +191,10 @@ def sample_to_files(config: SampleConfig) -> tuple[Path, list[Path]]:
         weights_cast_once(model, config.precision),
         progress_bar(total=total, desc="sample", unit="image", disable=silent) as bar,
     ):
+        drawn = dataclasses.replace(trained, model=CapturedModel(model)) if config.cuda_graph else trained
         for start, part in own.items():
             images = []
-            for batch in config.draw(trained, part, first=start, cfg_scale=cfg_scale):
+            for batch in config.draw(drawn, part, first=start, cfg_scale=cfg_scale):
                 images.append(to_images(batch, decoder))
                 bar.update(len(batch))
             origin = {"first": start, "request": request} if in_parts else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.data import load_autoencoder, to_uint8
 from models.objectives import Method, Objective, objective_for
+from models.objectives.base import unwrapped
 from models.precision import Precision, float32_products, weights_cast_once
 
 
@@ -47,7 +48,7 @@ def sample_batches(
     Neither `batch_size` nor the device changes that noise, and torch's global generators are left as they are.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; it may be in a wrapper, such as CapturedModel.
         labels: (N,) int64 in [0, model.num_classes), or model.null_label.
         objective: that the model was trained with; by default the one of its family.
         steps, method, cfg_scale: see `Objective.sample`.
@@ -65,12 +66,14 @@ def sample_batches(
         raise ValueError(f"batch_size and labels: expected at least 1 of each, got {batch_size} and {len(labels)}")
     objective = objective_for(model) if objective is None else objective
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
-    skipped = torch.empty(model.in_channels, model.input_size, model.input_size)
+    bare = unwrapped(model)
+    shape = (bare.in_channels, bare.input_size, bare.input_size)
+    skipped = torch.empty(shape)
     for _ in range(first):
         skipped.normal_(generator=generator)
     for start in range(0, len(labels), batch_size):
         part = labels[start : start + batch_size]
-        noise = torch.empty(len(part), model.in_channels, model.input_size, model.input_size)
+        noise = torch.empty(len(part), *shape)
         for image in noise:
             image.normal_(generator=generator)
         autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()

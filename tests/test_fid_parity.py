@@ -112,7 +112,7 @@ def test_latent_models_are_trained_and_sampled_as_published():
     options = {"accumulation": 2, "compile": True, "cuda_graph": True}
     images = make_run(ParityConfig(data="photos", models=["JiT-B/16"], **options), "JiT-B/16", 0)
     assert all(getattr(images.train, name) == value for name, value in options.items())
-    assert images.sample.steps is None and images.sample.compile
+    assert images.sample.steps is None and images.sample.compile and images.sample.cuda_graph
     digits = make_run(ParityConfig(), "DSMoE-digits", 0)
     assert (digits.train.grad_clip, digits.train.warmup_steps, digits.sample.steps) == (1.0, 100, 50)
     assert (digits.train.precision, digits.sample.precision) == ("float32", "float32")

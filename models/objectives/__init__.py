@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from models.jitmoe import JiT
-from models.objectives.base import Objective, TrainingLoss
+from models.objectives.base import Objective, TrainingLoss, unwrapped
 from models.objectives.ddpm import DDPM
 from models.objectives.jit import JiTFlow
 from models.objectives.rectified_flow import RectifiedFlow
@@ -22,7 +22,7 @@ def objective_for(model: nn.Module, name: ObjectiveName = "auto", **settings: An
     """An objective to train or sample a model with.
 
     Args:
-        model: what it is for.
+        model: what it is for; it may be in a wrapper, such as AveragedModel.
         name: "flow" (`RectifiedFlow`), "jit" (`JiTFlow`) or "ddpm" (`DDPM`); "auto" is the one that the model's family
             is trained with, "jit" for JiT and JiTMoE, else "flow".
         **settings: the objective's attributes.
@@ -30,6 +30,7 @@ def objective_for(model: nn.Module, name: ObjectiveName = "auto", **settings: An
     Raises:
         ValueError: an unknown name or setting, a value out of range, or a model that the objective does not fit.
     """
+    model = unwrapped(model)
     if name == "auto":
         name = "jit" if isinstance(model, JiT) else "flow"
     if name not in _OBJECTIVES:

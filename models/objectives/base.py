@@ -163,8 +163,10 @@ class Objective(ABC):
         if not math.isfinite(cfg_scale):
             raise ValueError(f"cfg_scale: expected a finite number, got {cfg_scale}")
         if cfg_scale != 1.0:
-            null_labels = _null_labels(bare, noise) if null_labels is None else null_labels
-            _check_sampling_labels("null_labels", null_labels, noise, bare)
+            if null_labels is None:
+                null_labels = _null_labels(bare, noise)
+            else:
+                _check_sampling_labels("null_labels", null_labels, noise, bare)
         start = noise.float()
 
         mixes = getattr(bare, "mixes_samples", False)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from models.cuda_graphs import Captured
 from models.data import check_labels, load_dataset
 from models.files import FileLock, write_atomically
 from models.objectives import objective_for
@@ -22,7 +23,7 @@ from models.sampling import check_decodable
 from models.training.batches import ShuffledBatches, load_batches
 from models.training.checkpoints import checkpoint_path, list_checkpoints, load_newest, save_checkpoint
 from models.training.config import TrainConfig
-from models.training.gradients import Captured, Gradients
+from models.training.gradients import Gradients
 from models.training.interrupt import StopOnSignal
 from models.training.loading import (
     check_forward,
@@ -273,7 +274,7 @@ class Trainer:
                 torch._dynamo.config.optimize_ddp = False
             compile_blocks(self.model)
         if self.config.cuda_graph:
-            self.gradients = Captured(self.gradients, self.parameters)
+            self.gradients = Captured(self.gradients, self.device, self.parameters)
 
     def _found(self) -> tuple[bool, list[Path]]:
         """Whether the directory holds a run's options, and its checkpoints."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from models import cuda_graphs, sample
+from models.cuda_graphs import Captured
 from models.training import trainer
-from models.training.gradients import Captured
 
 
 class Stream:
@@ -54,7 +55,7 @@ class Graph:
 
 
 def emulate(setattr: Callable[[Any, str, Any], None]) -> Callable[..., Captured]:
-    """Lets trainers on a CPU capture their steps.
+    """Lets trainers and samplers on a CPU capture what they compute.
 
     Args:
         setattr: as a monkeypatch has it.
@@ -64,7 +65,7 @@ def emulate(setattr: Callable[[Any, str, Any], None]) -> Callable[..., Captured]
     """
 
     @contextmanager
-    def capture(graph, stream, capture_error_mode):
+    def capture(graph, pool, stream, capture_error_mode):
         Graph.current = graph
         try:
             yield
@@ -77,16 +78,18 @@ def emulate(setattr: Callable[[Any, str, Any], None]) -> Callable[..., Captured]
     def on_stream(stream):
         yield
 
-    def captured(compute, parameters):
+    def captured(compute, device, parameters=()):
         def run(*inputs):
             return Graph.current.record(compute, inputs, parameters) if Graph.current else compute(*inputs)
 
-        return Captured(run, parameters)
+        return Captured(run, device, parameters)
 
     names = {"Stream": Stream, "CUDAGraph": Graph, "graph": capture, "stream": on_stream, "current_stream": Stream}
+    names["graph_pool_handle"] = tuple
     for name, one in names.items():
         setattr(torch.cuda, name, one)
     captured.WARM_UP, captured.check_device = Captured.WARM_UP, lambda device: None
     setattr(Graph, "replays", 0)
-    setattr(trainer, "Captured", captured)
+    for module in (trainer, cuda_graphs, sample):
+        setattr(module, "Captured", captured)
     return captured

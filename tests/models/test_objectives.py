@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from models import create_model
 from models.objectives import DDPM, JiTFlow, RectifiedFlow, objective_for
@@ -52,7 +53,8 @@ class Decay(nn.Module):
 )
 def test_objective_of_a_model(model, name, expected):
     with torch.device("meta"):
-        assert objective_for(create_model(model), name) == expected
+        model = create_model(model)
+        assert objective_for(model, name) == objective_for(AveragedModel(model), name) == expected
 
 
 def test_settings_reach_the_objective():
