@@ -24,7 +24,7 @@ from models.precision import weights_cast_once
 from models.sampling import sample_batches
 from models.training.config import TrainConfig
 from models.training.trainer import Trainer
-from tests.models.helpers import random_inputs, randomize
+from tests.models.helpers import random_inputs, randomize, set_thresholds
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[1]
@@ -191,6 +191,7 @@ def test_labels_outside_are_refused_by_the_device() -> None:
 def test_captured_samples_have_the_same_bits(name, precision) -> None:
     """With guidance, which JiT's first steps leave out, and a last batch of another size."""
     model = randomize(create_model(name, backend="triton" if HAS_TRITON else "auto")).cuda().eval()
+    set_thresholds(model, 0.5)
     options = {"cfg_scale": 1.5, "steps": 12, "batch_size": 8, "precision": precision}
     labels = torch.arange(12, device="cuda") % 10
     with weights_cast_once(model, precision):

@@ -258,9 +258,7 @@ def _check_sampling_labels(name: str, labels: Tensor, noise: Tensor, model: nn.M
         raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}; use torch.tensor(...)")
     _check_length(name, labels, noise)
     if model.null_label is not None:
-        labels = labels[labels != model.null_label]
-        if labels.numel() == 0:
-            return
+        labels = labels.masked_fill(labels == model.null_label, 0)  # which is a class
     elif (labels == model.num_classes).any():
         raise ValueError(_no_null_label(f"{name} holds {model.num_classes}, which asks for samples of no class"))
     check_labels(labels, model.num_classes)

@@ -21,6 +21,13 @@ def randomize(model: DiT) -> DiT:
     return model
 
 
+def set_thresholds(model: torch.nn.Module, value: float) -> None:
+    """Those by which DiffMoE's tokens choose; 0.4 to 0.5 sends about half of them to each expert of a fresh model."""
+    for module in model.modules():
+        if getattr(module, "expert_threshold", None) is not None:
+            module.expert_threshold.fill_(value)
+
+
 def random_inputs(model: DiT, batch: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, t in [0, 1) and labels that the model takes."""
     x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)

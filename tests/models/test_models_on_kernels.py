@@ -13,6 +13,7 @@ from diffmoe_kernels.testing import relative_error
 from diffmoe_kernels.triton_support import HAS_TRITON
 from models import create_model
 from models.objectives import RectifiedFlow
+from tests.models.helpers import set_thresholds
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 NAMES = [f"{family}-digits" for family in ("DiT", "DSMoE", "DiffMoE", "JiT", "JiTMoE", "TC-DiT", "EC-DiT")]
@@ -26,9 +27,7 @@ def models_of(name: str, **fields) -> list[nn.Module]:
     with torch.no_grad():
         for parameter in found[0].parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-        for module in found[0].modules():
-            if getattr(module, "expert_threshold", None) is not None:
-                module.expert_threshold.fill_(0.4)
+        set_thresholds(found[0], 0.4)
     found[1].load_state_dict(found[0].state_dict())
     return found
 

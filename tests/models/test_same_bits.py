@@ -7,7 +7,7 @@ from diffmoe_kernels import ExpertChoiceMoE, MoE
 from models import create_model
 from models.objectives import objective_for
 from models.sampling import balanced_labels, sample_images
-from tests.models.helpers import randomize
+from tests.models.helpers import randomize, set_thresholds
 
 FAMILIES = ["DiT", "DSMoE", "DiffMoE", "JiT", "JiTMoE", "TC-DiT", "EC-DiT"]
 
@@ -18,9 +18,7 @@ def family(name: str, **options):
     if name == "DiffMoE":
         options.setdefault("inference", "token")
     model = randomize(create_model(f"{name}-digits", **options)).eval()
-    for module in model.modules():
-        if isinstance(module, ExpertChoiceMoE) and module.capacity_predictor is not None:
-            module.expert_threshold.fill_(0.5)
+    set_thresholds(model, 0.5)
     return model
 
 
