@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -122,11 +123,16 @@ QUICK = ["--steps", "2", "--sample-steps", "1", "--batch-size", "16", "--jobs", 
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    """Two models, two seeds, two steps."""
+def made(tmp_path_factory):
     output = tmp_path_factory.mktemp("parity") / "run"
     assert main(["--output", str(output), "--seeds", "2", *QUICK]) == 0
     return output
+
+
+@pytest.fixture
+def compared(made, tmp_path):
+    """Two models, two seeds, two steps; each test has a copy of its own."""
+    return shutil.copytree(made, tmp_path / "run")
 
 
 def test_a_comparison_leaves_table_numbers_and_pictures(compared):
