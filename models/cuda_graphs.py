@@ -105,8 +105,8 @@ class Captured:
 class CapturedModel(nn.Module):
     """A model in evaluation, in a wrapper that calls it from CUDA graphs, one for each shape of its inputs.
 
-    Until this is gone the model's weights must stay where they are in memory, and autocast as it is. Each call returns
-    a tensor of its own.
+    It is captured anew where its weights lie elsewhere than before, or autocast or the precision of products are
+    others. Each call returns a tensor of its own.
 
     Raises:
         ValueError: the model is in training mode, or not on a GPU.
@@ -116,17 +116,24 @@ class CapturedModel(nn.Module):
         super().__init__()
         if module.training:
             raise ValueError("model is in training mode: call model.eval() before its calls are captured")
-        device = next(module.parameters()).device
-        Captured.check_device(device)
-        self.module, self.captured = module, Captured(self._compute, device)
+        self.device = next(module.parameters()).device
+        Captured.check_device(self.device)
+        self.module, self.captured, self.circumstances = module, None, None
+        self.kept = [held for part in module.modules() for held in (part._parameters, part._buffers) if held]
         self.eval()
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        addresses = [one.data_ptr() for held in self.kept for one in held.values() if one is not None]
+        circumstances = autocast, torch.get_float32_matmul_precision(), addresses
+        if circumstances != self.circumstances:
+            self.circumstances, self.captured = circumstances, Captured(self._compute, self.device)
         return self.captured(*inputs).clone()
 
     @torch.no_grad()
     def _compute(self, *inputs: Tensor) -> Tensor:
-        kind = inputs[0].device.type
+        kind = self.device.type
         # What autocast keeps of weights is gone when it ends, and a graph would go on to read it.
         cast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         with torch.autocast(kind, cache_enabled=False, **cast):
