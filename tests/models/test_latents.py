@@ -36,31 +36,38 @@ def diffusers_vae(name):
     return AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
 
 
+@torch.no_grad()
+def assert_encodes_and_draws_as(autoencoder, vae, x, shift):
+    """Encoded up to rounding: PyTorch multiplies frozen weights otherwise. Drawn from one distribution: bit for bit."""
+    distribution = vae.encode(x).latent_dist
+    expected = torch.cat([distribution.mean, distribution.std], dim=1)
+    moments = autoencoder.moments(x)
+    assert moments.shape == expected.shape and moments.dtype == torch.float32
+    torch.testing.assert_close(moments, expected)
+    torch.manual_seed(5)
+    drawn = autoencoder.draw(expected)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, (distribution.sample() - shift) * autoencoder.scaling_factor)
+
+
 def test_it_encodes_and_decodes_as_diffusers_does(vae):
     autoencoder, reference = Autoencoder(vae), diffusers_vae(vae)
     assert (autoencoder.channels, autoencoder.downsampling, autoencoder.latent_size(SIZE)) == (3, 2, 8)
+    assert autoencoder.scaling_factor == 0.5
     x = torch.rand(4, 3, SIZE, SIZE) * 2 - 1
-    moments = autoencoder.moments(x)
-    assert moments.shape == (4, 6, 8, 8) and moments.dtype == torch.float32
+    assert_encodes_and_draws_as(autoencoder, reference, x, shift=0.25)
+    latents = torch.randn(4, 3, 8, 8)
+    images = autoencoder.decode(latents)
+    assert images.shape == (4, 3, SIZE, SIZE)
     with torch.no_grad():
-        torch.manual_seed(5)
-        expected = (reference.encode(x).latent_dist.sample() - 0.25) * 0.5
-        torch.manual_seed(5)
-        drawn = autoencoder.draw(moments)
-        assert torch.equal(drawn, expected)
-        images = autoencoder.decode(drawn)
-        assert images.shape == (4, 3, SIZE, SIZE)
-        torch.testing.assert_close(images, reference.decode(drawn / 0.5 + 0.25).sample)
+        torch.testing.assert_close(images, reference.decode(latents / 0.5 + 0.25).sample)
 
 
 def test_without_a_shift_latents_are_only_scaled(tmp_path):
     name = save_vae(tmp_path, shift_factor=None, scaling_factor=0.18215)
-    autoencoder, x = Autoencoder(name), torch.rand(2, 3, SIZE, SIZE)
-    torch.manual_seed(5)
-    drawn = autoencoder.draw(autoencoder.moments(x))
-    torch.manual_seed(5)
-    with torch.no_grad():
-        assert torch.equal(drawn, diffusers_vae(name).encode(x).latent_dist.sample() * 0.18215)
+    autoencoder = Autoencoder(name)
+    assert autoencoder.scaling_factor == 0.18215
+    assert_encodes_and_draws_as(autoencoder, diffusers_vae(name), torch.rand(2, 3, SIZE, SIZE), shift=0.0)
 
 
 def test_draw_has_the_mean_and_the_spread_of_the_moments():
