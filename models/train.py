@@ -13,6 +13,7 @@ from models.training.processes import process_group
 from models.training.trainer import CONFIG_FILE, NonFiniteError, Trainer
 
 LATENT_CHANNELS = 4
+MANY_TOKENS = 4096  # an image, as many as the attention kernels are made for
 FIRST_WEIGHTS = 0.05  # the share of an average above which samples show the initial weights
 DESCRIPTION = """Train a diffusion transformer, in a run directory of its own. Ctrl-C stops it with
 a checkpoint; --resume goes on from there with the run's own options."""
@@ -38,12 +39,17 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
 def notes(trainer: Trainer) -> list[str]:
     """Warnings of settings that are legal and probably not intended."""
     config, model, found = trainer.config, trainer.model.config, []
-    usual = CONFIGS[config.model].in_channels
+    usual, tokens = CONFIGS[config.model].in_channels, (model.input_size // model.patch_size) ** 2
     if usual == LATENT_CHANNELS != model.in_channels and "in_channels" not in config.model_options:
         size = f"{model.in_channels} x {model.input_size} x {model.input_size}"
         found.append(
             f"{config.model} usually trains on latents of {usual} channels and gets pixels here, {size}: "
-            f"{(model.input_size // model.patch_size) ** 2} tokens an image; --autoencoder encodes them"
+            f"{tokens} tokens an image; --autoencoder encodes them"
+        )
+    elif tokens > MANY_TOKENS:
+        found.append(
+            f"an image is {tokens:,} tokens (side {model.input_size}, patches of {model.patch_size}), the published "
+            "models have 256 or 1,024: another --model or a smaller --image-size trains faster"
         )
     for name in ("ema_decay", "ema_decay2"):
         decay = getattr(config, name)

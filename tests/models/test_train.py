@@ -271,6 +271,10 @@ def test_what_is_seldom_meant_is_noted(tmp_path):
     meant = {"model": "DSMoE-S-E16", "model_options": {**small, "in_channels": 3}}
     for output, options in (("b", meant), ("c", {"model": "JiT-digits"})):
         assert notes(Trainer(TrainConfig(**options, output=str(tmp_path / output), **of_pixels))) == []
+    sides = {"data": str(tmp_path / "photos"), "model": "JiT-digits"}
+    assert notes(Trainer(TrainConfig(image_size=128, output=str(tmp_path / "d"), **sides))) == []
+    (note,) = notes(Trainer(TrainConfig(output=str(tmp_path / "e"), **sides)))
+    assert note.startswith("an image is 16,384 tokens (side 256, patches of 2)")
 
 
 def test_an_output_that_is_a_file_ends_with_one_line(tmp_path, capsys):
